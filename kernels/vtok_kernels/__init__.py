@@ -1,0 +1,42 @@
+"""Operators of visual-token compression, as plain torch behind a registry that fused versions join.
+
+Batched on the leading axis; scores in fp32 (float64 stays); lower index first among equals; no host synchronisation.
+"""
+
+from .attention import attention_rows, received_attention, value_similarity
+from .backend import available, get, register, use
+from .compact import gather_tokens, left_compact, scatter_tokens
+from .greedy import dpp_map, farthest_first, max_sum
+from .match import bipartite_match, cosine_scores, mctf_scores, merge_limit, strided_merge
+from .merge import MergePlan, merge_attention, merge_mean, merge_sum
+from .select import keep_mask, random, topk, uniform, uniform_grid
+
+__all__ = [
+    "MergePlan",
+    "attention_rows",
+    "available",
+    "bipartite_match",
+    "cosine_scores",
+    "dpp_map",
+    "farthest_first",
+    "gather_tokens",
+    "get",
+    "keep_mask",
+    "left_compact",
+    "max_sum",
+    "mctf_scores",
+    "merge_attention",
+    "merge_limit",
+    "merge_mean",
+    "merge_sum",
+    "random",
+    "received_attention",
+    "register",
+    "scatter_tokens",
+    "strided_merge",
+    "topk",
+    "uniform",
+    "uniform_grid",
+    "use",
+    "value_similarity",
+]

@@ -1,0 +1,43 @@
+"""What every operator shares: the dtype of scores, unit rows, and the check of a count."""
+
+import torch
+from torch import Tensor
+
+
+def score_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: ties and sums of half-precision scores are not to be trusted."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of x (..., D) at length 1, in `score_dtype`. A zero row stays zero: its cosine to anything is 0."""
+    x = x.to(score_dtype(x))
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def ranking(values: Tensor) -> Tensor:
+    """Indices (B, N) of values from the highest to the lowest; the lower index first among equals, on every device.
+
+    torch.topk promises no order of ties. Adding 0 makes one value of -0.0 and 0.0, whose bits differ in a radix sort.
+    """
+    if values.is_floating_point():
+        values = values.to(score_dtype(values)) + 0.0
+    return torch.sort(values, dim=1, descending=True, stable=True).indices
+
+
+def check_count(k: int, n: int) -> None:
+    """Raise unless 0 <= k <= n."""
+    if not 0 <= k <= n:
+        raise ValueError(f"{k} of {n} tokens cannot be chosen: k must lie between 0 and {n}.")
+
+
+def check_tokens(name: str, x: Tensor, dims: int, axes: str) -> None:
+    """Raise unless x has `dims` axes."""
+    if x.dim() != dims:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but {axes} is needed: add or remove leading axes.")
+
+
+def check_shape(name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raise unless the shape of x is one of `shapes`."""
+    if tuple(x.shape) not in shapes:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but {' or '.join(map(str, shapes))} is needed.")

@@ -1,0 +1,81 @@
+"""Registry of operator implementations: a fused version replaces one operator and no caller changes."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Device = torch.device | str | None
+
+
+class _Implementation(NamedTuple):
+    function: Callable
+    devices: tuple[str, ...] | None
+    priority: int
+
+    def supports(self, device: Device) -> bool:
+        return device is None or self.devices is None or torch.device(device).type in self.devices
+
+
+_OPERATORS: dict[str, dict[str, _Implementation]] = {}
+_requested: ContextVar[str | None] = ContextVar("vtok_kernels_backend", default=None)
+
+
+def register(name: str, backend: str, *, devices: tuple[str, ...] | None = None, priority: int = 1) -> Callable:
+    """Decorator: implements operator `name` on `devices` (None: all). Highest priority serves; "reference" has 0."""
+
+    def keep(function: Callable) -> Callable:
+        _OPERATORS.setdefault(name, {})[backend] = _Implementation(function, devices, priority)
+        return function
+
+    return keep
+
+
+def available(device: Device = None) -> dict[str, tuple[str, ...]]:
+    """Operator -> its backends on `device` (None: on any), best first."""
+    ranked = {name: sorted(kinds.items(), key=lambda kind: -kind[1].priority) for name, kinds in _OPERATORS.items()}
+    return {name: tuple(b for b, i in kinds if i.supports(device)) for name, kinds in ranked.items()}
+
+
+def get(name: str, device: Device = None) -> Callable:
+    """Implementation of operator `name` for tensors on `device`: that of `use` where it has one, else the best."""
+    if name not in _OPERATORS:
+        raise ValueError(f"There is no operator {name!r}: choose one of {', '.join(sorted(_OPERATORS))}.")
+    kinds, backend = _OPERATORS[name], _requested.get()
+    if backend not in kinds:
+        backend = max(kinds, key=lambda b: (kinds[b].supports(device), kinds[b].priority))
+    if not kinds[backend].supports(device):
+        raise ValueError(f"{backend!r} of {name!r} runs on {kinds[backend].devices}: move the tensors from {device}.")
+    return kinds[backend].function
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Within the context, `backend` serves every operator that it implements (see `available`), in this thread."""
+    known = sorted({b for kinds in _OPERATORS.values() for b in kinds})
+    if backend not in known:
+        raise ValueError(f"There is no backend {backend!r}: choose one of {', '.join(known)}.")
+    token = _requested.set(backend)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def operator(reference: Callable[P, R]) -> Callable[P, R]:
+    """Register `reference` under its name and return the public function, which dispatches on its first argument."""
+    name, first = reference.__name__, next(iter(inspect.signature(reference).parameters))
+
+    @functools.wraps(reference)
+    def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = args[0] if args else kwargs.get(first)
+        return get(name, getattr(tensor, "device", None))(*args, **kwargs)
+
+    register(name, "reference", priority=0)(reference)
+    return dispatch

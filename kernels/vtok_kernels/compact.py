@@ -1,0 +1,87 @@
+"""Moving tokens into and out of short sequences."""
+
+import torch
+from torch import Tensor
+
+from ._common import check_count, check_tokens
+from .backend import operator
+
+
+def _along(index: Tensor, x: Tensor) -> Tensor:
+    """index (B, K) -> (B, K, ...), expanded over the trailing axes of x (B, N, ...)."""
+    if index.dim() != 2 or x.dim() < 2 or x.shape[0] != index.shape[0]:
+        raise ValueError(
+            f"x {tuple(x.shape)} and index {tuple(index.shape)} do not fit: (B, N, ...) and (B, K) of one B are needed."
+        )
+    return index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
+
+
+@operator
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of x (B, N, ...) at index (B, K) long: (B, K, ...). Differentiable."""
+    return x.gather(1, _along(index, x))
+
+
+@operator
+def scatter_tokens(x: Tensor, index: Tensor, n: int, mask: Tensor | None = None) -> Tensor:
+    """Inverse of `gather_tokens`: write the rows of x to their places among n zeros.
+
+    Parameters
+    ----------
+    x : (B, K, ...)
+        Rows.
+    index : (B, K) long
+        Distinct places in [0, n) of the rows that are written.
+    n : int
+        Length of the result.
+    mask : (B, K) bool, optional
+        Rows where it is False are not written (padding of `left_compact`).
+
+    Returns
+    -------
+    (B, n, ...)
+        Differentiable.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    """
+    if x.shape[:2] != index.shape or (mask is not None and mask.shape != index.shape):
+        raise ValueError(f"x {tuple(x.shape)}, index {tuple(index.shape)} and mask do not fit: one entry a row of x.")
+    if mask is not None:
+        index = torch.where(mask, index, n)
+    return x.new_zeros(x.shape[0], n + 1, *x.shape[2:]).scatter(1, _along(index, x), x)[:, :n]
+
+
+@operator
+@torch.no_grad()
+def left_compact(keep: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Where to gather kept tokens from, so that each row ends with them, in order: left padding.
+
+    Parameters
+    ----------
+    keep : (B, N) bool
+        Tokens to keep.
+    k : int
+        Length of the result, known on the host: the largest count of a row. A row that keeps more loses its first ones.
+
+    Returns
+    -------
+    index : (B, k) long
+        For `gather_tokens`. Padding points at tokens that are not kept.
+    mask : (B, k) bool
+        True at kept tokens, False at padding.
+
+    Raises
+    ------
+    ValueError
+        If keep is not (B, N) bool or k is out of range.
+    """
+    check_tokens("keep", keep, 2, "(B, N)")
+    if keep.dtype != torch.bool:
+        raise ValueError(f"keep is {keep.dtype}, but a bool mask is needed: True = keep.")
+    n = keep.shape[1]
+    check_count(k, n)
+    index = torch.sort(keep.to(torch.uint8), dim=1, stable=True).indices[:, n - k :]
+    return index, keep.gather(1, index)

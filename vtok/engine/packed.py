@@ -1,0 +1,3 @@
+from vtok.engine.towers import Tower
+class PackedTower(Tower):
+    pass

@@ -1,0 +1,125 @@
+"""The vision side: who watches a tower, and how what it kept reaches the placeholders."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.engine.spans import Encoded
+from vtok.protocol import Medium
+
+if TYPE_CHECKING:
+    from vtok.engine.session import Session
+
+
+class Wrapped:
+    """Replaces one attribute of one instance by a call around it, and puts it back.
+
+    Copies with the model: everything it refers to is copied along by ``deepcopy``.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, around: Callable[..., Any]) -> None:
+        self.owner, self.name, self.around = owner, name, around
+        self.previous = owner.__dict__.get(name)
+        self.original = getattr(owner, name)
+        owner.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.original, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    def remove(self) -> None:
+        if self.previous is None:
+            self.owner.__dict__.pop(self.name, None)
+        else:
+            self.owner.__dict__[self.name] = self.previous
+
+
+class Tower:
+    """A tower whose tokens all stay; records the class token's attention where a method asks for it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.spec = session.adapter.tower
+        self.saliency = any("saliency" in stage.reads for stage in session.stages) and self.spec.has_cls
+        self.seen: Tensor | None = None
+        self.taps: list[Tensor] = []
+
+    def install(self) -> None:
+        if self.saliency:
+            last = len(self.spec.layers) - 1
+            for tap in self.spec.blocks.taps(self.spec.layers[last]):
+                self.session.hook(tap.register_forward_hook(self._record))
+
+    def _record(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.taps.append(output.detach())
+
+    def encode(
+        self, modality: str, call: Mapping[str, Any], media: Sequence[Medium], original: Any, args: Any, kwargs: Any
+    ) -> tuple[Any, list[Encoded]]:
+        """Run ``get_image_features``; (its output, what stands of each medium)."""
+        self.taps = []
+        output = original(*args, **kwargs)
+        encoded = [Encoded(medium, medium.length) for medium in media]
+        if self.saliency:
+            scores = self._cls_attention()
+            for item, packed in zip(encoded, self.pack(modality, call, media, scores[..., None], 0.0), strict=True):
+                item.saliency = packed[:, 0]
+        self.taps = []
+        return output, encoded
+
+    def pack(
+        self, modality: str, call: Mapping[str, Any], media: Sequence[Medium], values: Tensor, newline: float
+    ) -> list[Tensor]:
+        """Per-tower-token values in placeholder order."""
+        return self.session.adapter.pack(modality, call, media, values, newline)
+
+    def _cls_attention(self) -> Tensor:
+        """(tiles, N) attention of the class token at the last block."""
+        import vtok_kernels as kernels
+
+        block = self.spec.layers[-1]
+        q, k, _ = self.spec.blocks.split(block, self.taps)
+        rows = kernels.attention_rows(q[:, :, :1], k, scale=self.spec.blocks.scale(block))
+        return rows[:, 0, self.spec.prefix :]
+
+
+def make_tower(session: Session) -> Tower | None:
+    """The watcher that a session's methods need."""
+    from vtok.engine.dense import DenseTower
+    from vtok.engine.packed import PackedTower
+
+    if any(stage.site == "encoder" for stage in session.stages):
+        return (PackedTower if session.adapter.tower.packed else DenseTower)(session)
+    return Tower(session) if session.adapter.base is not None else None
+
+
+def distribute(total: int, weights: Sequence[int]) -> list[int]:
+    """``total`` split over parts in proportion to ``weights``, at least 1 where a weight is positive, never above it.
+
+    Largest remainders get what rounding leaves.
+    """
+    whole = sum(weights)
+    if whole <= total:
+        return list(weights)
+    exact = [total * weight / whole for weight in weights]
+    parts = [min(weight, max(int(value), 1 if weight else 0)) for value, weight in zip(exact, weights, strict=True)]
+    order = sorted(range(len(parts)), key=lambda i: (parts[i] - exact[i], i))
+    for i in order:
+        if sum(parts) >= total:
+            break
+        if parts[i] < weights[i]:
+            parts[i] += 1
+    return parts
+
+
+def host_sizes(mask: Tensor) -> list[int]:
+    """Row sums on the host: the synchronisation that a data-dependent length needs."""
+    return torch.as_tensor(mask.sum(1)).tolist()

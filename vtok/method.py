@@ -1,0 +1,181 @@
+"""The base class of every method, and the registry that finds them by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+import vtok_kernels as kernels
+from vtok.errors import VtokError
+from vtok.view import Selection, Shape, Stage
+
+
+@dataclass(frozen=True)
+class Method:
+    """A compression method: a frozen record of options with pure functions. It knows no model.
+
+    The short way is to set ``site`` (and ``layer`` for encoder and decoder sites) and to write ``score``: the best
+    tokens stay. Override ``select`` for anything but top-k, ``stages`` for more than one action.
+
+    Class attributes:
+        site: where it acts first: ``"encoder"``, ``"input"`` or ``"decoder"``.
+        layer: for encoder and decoder: before which layer.
+        reads: what the engine must record for the views (see ``vtok.view.Stage``).
+        positions: the authors' position policy on families that allow both.
+        newlines: the tower site's rule for newline tokens of tiled images: ``"drop"`` or ``"keep"``.
+        presets: published budgets and settings by name.
+        refusals: family -> reason, where the method cannot serve a family.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    site: ClassVar[str] = "input"
+    layer: ClassVar[int | None] = None
+    reads: ClassVar[frozenset[str]] = frozenset()
+    positions: ClassVar[str] = "keep"
+    newlines: ClassVar[str] = "drop"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    refusals: ClassVar[Mapping[str, str]] = {}
+
+    def score(self, view: Any) -> Tensor:
+        """(G, n) importance of each token; higher stays."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither score nor select")
+
+    def select(self, view: Any, count: int) -> Tensor | Selection:
+        """(G, count) indices that stay, ascending; a (G, n) bool mask where the count depends on the data."""
+        return kernels.topk(self.score(view), count)
+
+    def stages(self, shape: Shape) -> Sequence[Stage]:
+        """Actions on a model of this shape, in order of execution."""
+        layer = self.default_layer(shape)
+        return (Stage(self.site, layer, self.select, reads=self.reads, share=getattr(self, "share", 0.5)),)
+
+    def default_layer(self, shape: Shape) -> int | None:
+        """``layer`` checked against the model's depth."""
+        layer = getattr(self, "layer", None)
+        if self.site == "input":
+            return None
+        depth = shape.depth if self.site == "decoder" else shape.tower_depth
+        if layer is None or not 0 < layer < depth:
+            raise VtokError(
+                f"{self.name or type(self).__name__} acts before {self.site} layer {layer}, but this model has layers "
+                f"0 to {depth - 1}; pass layer= between 1 and {depth - 1}"
+            )
+        return layer
+
+    def refuse(self, shape: Shape) -> str | None:
+        """Why this method cannot serve a model of this shape, or ``None``."""
+        if self.site == "encoder" and shape.tower_depth == 0:
+            return "it acts inside a vision tower, and this model has none"
+        if self.site != "encoder" and shape.depth == 0:
+            return "it acts in front of or inside a language model, and this model has none"
+        return self.refusals.get(shape.family)
+
+    def options(self) -> dict[str, Any]:
+        """Options that differ from their defaults, for reports and ``vtok_config.json``."""
+        changed = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value != item.default:
+                changed[item.name] = value
+        return changed
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+_T = TypeVar("_T", bound=type[Method])
+_loaded = False
+
+
+def register(name: str) -> Callable[[_T], _T]:
+    """Class decorator: make a method available by name in ``vtok.compress``, the command line and the benchmarks."""
+
+    def decorate(cls: _T) -> _T:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise VtokError(f"{cls!r} is not a vtok.Method; derive the class from vtok.Method before registering it")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def _load() -> None:
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    import vtok.methods  # noqa: F401  (registers the built-in methods)
+
+    for entry in entry_points(group="vtok.methods"):
+        found = entry.load()
+        if isinstance(found, type) and issubclass(found, Method) and entry.name not in _REGISTRY:
+            register(entry.name)(found)
+
+
+def registry() -> dict[str, type[Method]]:
+    """All known methods by name, built-in ones and those of installed packages."""
+    _load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get(name: str, **options: Any) -> Method:
+    """A method by name with its options.
+
+    Raises:
+        VtokError: unknown name (lists the known ones) or option (lists the method's options).
+    """
+    known = registry()
+    if name not in known:
+        raise VtokError(f"there is no method {name!r}; known are {', '.join(known)}")
+    cls = known[name]
+    fields = [item.name for item in dataclasses.fields(cls)]
+    unknown = [option for option in options if option not in fields]
+    if unknown:
+        listing = ", ".join(fields) if fields else "none"
+        raise VtokError(f"{name} has no option {', '.join(map(repr, unknown))}; its options are: {listing}")
+    return cls(**options)
+
+
+def resolve(method: str | Method | Sequence[str | Method], options: Mapping[str, Any]) -> tuple[Method, ...]:
+    """The methods a user asked for, checked, in order of their sites.
+
+    Raises:
+        VtokError: nothing given, something that is no method, options beside a list, two decoder methods.
+    """
+    if isinstance(method, (str, Method)):
+        parts: list[str | Method] = [method]
+    elif isinstance(method, Sequence) and method:
+        parts = list(method)
+        if options:
+            raise VtokError(
+                f"options {', '.join(options)} beside a list of methods are ambiguous; "
+                "give them to one method: [\"divprune\", vtok.get(\"random_deep\", layer=20)]"
+            )
+    else:
+        raise VtokError(f"{method!r} is no method; give a name, a vtok.Method or a list of them")
+    chain: list[Method] = []
+    for part in parts:
+        if isinstance(part, str):
+            chain.append(get(part, **options))
+        elif isinstance(part, Method):
+            if options:
+                part = _replace(part, options)
+            chain.append(part)
+        else:
+            raise VtokError(f"{part!r} is no method; give a name, a vtok.Method or a list of them")
+    order = {"encoder": 0, "input": 1, "decoder": 2}
+    chain.sort(key=lambda item: order[item.site])
+    return tuple(chain)
+
+
+def _replace(method: Method, options: Mapping[str, Any]) -> Method:
+    try:
+        return dataclasses.replace(method, **options)
+    except TypeError as error:
+        raise VtokError(f"{method.name or type(method).__name__}: {error}; see its options with vtok.methods()") from error
