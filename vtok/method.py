@@ -77,6 +77,12 @@ class Method:
             return "it acts in front of or inside a language model, and this model has none"
         return self.refusals.get(shape.family)
 
+    @classmethod
+    def serves(cls, family: str) -> bool:
+        """Whether a family is not refused outright."""
+        bare = family in BARE
+        return family not in cls.refusals and (cls.site == "encoder" if bare else True)
+
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults, for reports and ``vtok_config.json``."""
         changed = {}
@@ -86,6 +92,9 @@ class Method:
                 changed[item.name] = value
         return changed
 
+
+#: families of vision transformers without a language model
+BARE = ("hf_vit", "timm_vit", "open_clip_vit")
 
 _REGISTRY: dict[str, type[Method]] = {}
 _T = TypeVar("_T", bound=type[Method])

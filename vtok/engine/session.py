@@ -69,6 +69,7 @@ class Session:
         self.handles: list[RemovableHandle] = []
         self.wrapped: list[Wrapped] = []
         self.call: Call | None = None
+        self.encoding = False
         self.run: Prefill | decode.Decode | None = None
         self.last: Prefill | None = None
         self.last_text: tuple[int, int] | None = None
@@ -162,11 +163,17 @@ class Session:
 
     def _encode(self, modality: str, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``get_image_features``: tell the tower its budgets, then read off what it kept."""
+        if self.encoding:  # Qwen3-VL encodes a video through get_image_features
+            return original(*args, **kwargs)
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         media = self.adapter.media(modality, call)
         start = self.timer.begin(self._device())
-        output, encoded = self.tower.encode(modality, call, media, original, args, kwargs)
+        self.encoding = True
+        try:
+            output, encoded = self.tower.encode(modality, call, media, original, args, kwargs)
+        finally:
+            self.encoding = False
         self.timer.end("encode", start, self._device())
         encoding = Encoding(modality, encoded)
         if isinstance(output, tuple):
