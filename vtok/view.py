@@ -58,7 +58,7 @@ class View:
     @property
     def size(self) -> int:
         """n, the number of tokens of each span."""
-        return self.features.shape[1]
+        return self.tokens.shape[1]
 
     def random(self, seed: int) -> Tensor:
         """(G, n) uniform numbers, equal on every device and for every batch: drawn on the CPU per image.

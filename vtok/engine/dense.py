@@ -64,8 +64,8 @@ class TileState:
 
     def kept(self) -> Tensor:
         """(B, total) bool: original patches that stand."""
-        kept = torch.zeros(len(self.counts), self.total, dtype=torch.bool, device=self.tokens.device)
-        return kept.scatter(1, self.tokens, self.real()) if self.tokens.shape[1] else kept
+        kept = torch.zeros(len(self.counts), self.total, dtype=torch.long, device=self.tokens.device)
+        return kept.scatter_add(1, self.tokens, self.real().long()) > 0  # slots past the count may repeat a token
 
     def groups(self) -> list[tuple[int, int, list[int]]]:
         """(count, target, rows) of the tiles that look alike."""
@@ -190,7 +190,8 @@ class DenseTower(Tower):
         for stage in self.cuts:
             if stage.layer == number:
                 x = self._cut(stage, number, x, state)
-        state.taps.pop(number - 1, None)
+        if number - 1 != self.spec.feature_layer:
+            state.taps.pop(number - 1, None)
         if number == self.first and self.fusions and not self.compat:
             x = self._drop_padding(x, state)
         mask = self._key_mask(state, x)
@@ -492,13 +493,15 @@ class DenseTower(Tower):
         self, modality: str, call: Mapping[str, Any], media: Sequence[Medium], tiles: int, per_tile: int
     ) -> Tensor | None:
         """(tiles, N) bool: patches that the family's packing keeps, or ``None`` when it keeps all."""
-        if not self.session.shape.tiled or any(medium.interpolated for medium in media):
+        if not self.session.shape.tiled or modality != "image":
             return None
-        index = self._index(modality, call, media, tiles, per_tile)
-        valid = torch.zeros(tiles * per_tile, dtype=torch.bool)
-        for packed in index:
-            valid[packed[packed >= 0]] = True
-        return None if bool(valid.all()) else valid.view(tiles, per_tile)
+        valid = torch.ones(tiles, per_tile, dtype=torch.bool)
+        for medium, packed in zip(media, self._index(modality, call, media, tiles, per_tile), strict=True):
+            if medium.interpolated or self.session.tower_count(medium.length) >= medium.length:
+                continue  # every patch counts
+            valid[medium.tiles] = False
+            valid.view(-1)[packed[packed >= 0]] = True
+        return None if bool(valid.all()) else valid
 
     def _index(
         self, modality: str, call: Mapping[str, Any], media: Sequence[Medium], tiles: int, per_tile: int
@@ -534,7 +537,7 @@ class DenseTower(Tower):
         weights = self.pack(modality, call, media, state.kept().float()[..., None], self.newline)
         stages = [(n, self.pack(modality, call, media, k.float()[..., None], self.newline)) for n, k in state.stages]
         index = None
-        if state.merged and not any(medium.interpolated for medium in media):
+        if state.merged:
             index = self._index(modality, call, media, len(state.counts), state.total)
         encoded = []
         for number, medium in enumerate(media):
@@ -554,7 +557,7 @@ class DenseTower(Tower):
                 standing = torch.zeros(medium.length, dtype=torch.bool, device=weight.device)
                 standing[item.tokens] = True
                 item.stages[-1] = (item.stages[-1][0], standing)
-            if index is not None:
+            if index is not None and not medium.interpolated:
                 item.groups = _packed_groups(index[number].to(state.dst.device), state.dst)
             if state.front and not self.session.shape.tiled:
                 row = medium.tiles.start
@@ -566,7 +569,8 @@ class DenseTower(Tower):
     def _resampled(self, medium: Medium, weight: Tensor, output: Any, number: int) -> Encoded:
         """A run that was resampled from the tiles: divide by the share of real tokens, keep the best supported."""
         count = min(self.session.tower_count(medium.length), medium.length)
-        tokens = kernels.topk(weight[None], count)[0]
+        # resampling kernels round differently with the batch's shape: ties must not depend on that
+        tokens = kernels.topk((weight[None] * 4096).round(), count)[0]
         features = output.pooler_output[number]
         scaled = features / weight.clamp_min(1e-3).to(features.dtype)[:, None]
         newlines = _newline_mask(medium).to(features.device)

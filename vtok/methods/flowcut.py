@@ -1,0 +1,108 @@
+"""FlowCut (arXiv 2505.19536, NeurIPS 2025): cut by the information flow that the class token sees, layer after layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import vtok_kernels as kernels
+from vtok.method import Method, register
+from vtok.view import DecoderView, Shape, Stage, TowerView
+
+
+@register("flowcut")
+@dataclass(frozen=True)
+class FlowCut(Method):
+    """Cumulative flow score inside the tower, cut every other layer by an entropy schedule (paper section 4).
+
+    Per layer: ``S = (a + s) * g`` from the attention row ``a`` and the value row ``s`` of the global token and the
+    information density ``g``; ``C = ema * C + (1 - ema) * S``. The global token is the class token; where the tower
+    has none, the mean query over the tile (and attention alone, as in the released Qwen2-VL code). On tiled and Qwen
+    families a second cut follows inside the decoder, scored by the last prompt token.
+
+    Args:
+        every: layers between two cuts, counted back from the feature layer.
+        ema: weight of the running score.
+        semantic: use the value row ``s``.
+        llm_layer: decoder cut comes after this layer; ``None`` leaves it out. Plain LLaVA-1.5 never has one.
+        llm_share: tokens left by the decoder cut relative to what enters (0.4 on tiles, 0.5 on Qwen, as released).
+        compat: the longest schedule of the batch for every tile, as released; the default schedules each tile alone.
+    """
+
+    summary = "information flow of the class token, inside the tower"
+    paper = "arXiv 2505.19536"
+    site = "encoder"
+    positions = "reindex"
+    presets: ClassVar[dict[str, Any]] = {
+        "192": {"keep": 192},
+        "128": {"keep": 128},
+        "64": {"keep": 64},
+        "next-640": {"keep": 700},
+        "next-320": {"keep": 350},
+        "next-160": {"keep": 175},
+    }
+
+    every: int = 2
+    ema: float = 0.5
+    semantic: bool = True
+    llm_layer: int | None = 1
+    llm_share: float | None = None
+    compat: bool = False
+
+    def stages(self, shape: Shape) -> Sequence[Stage]:
+        last = shape.tower_depth - 1
+        cuts = [layer for layer in range(2, last + 1) if (last - layer) % self.every == 0]
+        reads = frozenset({"qkv"})
+        stages = [Stage("encoder", cut, self.cut, observe=self.observe, reads=reads) for cut in cuts or [last]]
+        if self.llm_layer is not None and (shape.tiled or shape.packed) and self.llm_layer + 1 < shape.depth:
+            share = self.llm_share if self.llm_share is not None else (0.5 if shape.packed else 0.4)
+            stages.append(Stage("decoder", self.llm_layer + 1, self.cut_decoder, reads=reads | {"attention"}, share=share))
+        return stages
+
+    def observe(self, view: TowerView) -> Tensor:
+        """The running score after one more layer (steps 1-5)."""
+        assert view.v is not None
+        attention = self.relation(view)
+        flow = attention / attention.sum(1, keepdim=True)
+        if self.semantic and view.has_cls:
+            values = kernels.value_similarity(view.v, view.v[:, :, 0])[:, view.prefix :]
+            flow = flow + values / values.sum(1, keepdim=True)
+        density = view.v[:, :, view.prefix :].float().mean(1).abs().sum(-1)
+        score = view.per_cell(flow * density)
+        return score if view.carry is None else self.ema * view.carry + (1 - self.ema) * score
+
+    def relation(self, view: TowerView) -> Tensor:
+        """(G, patches) attention that the global token pays to each patch."""
+        assert view.q is not None and view.k is not None
+        query = view.q[:, :, :1] if view.has_cls else view.q.mean(2, keepdim=True)
+        return kernels.attention_rows(query, view.k, scale=view.scale)[:, 0, view.prefix :]
+
+    def cut(self, view: TowerView, target: int) -> Tensor:
+        """(G, n) bool: what the entropy schedule leaves (steps 6-7)."""
+        assert view.carry is not None
+        left = view.remaining  # layers of the paper's countdown: 0 at the last cut, which goes straight to the target
+        if left <= 0:
+            return kernels.keep_mask(kernels.topk(view.carry, target), view.size)
+        attention = self.relation(view)
+        share = attention / attention.sum(1, keepdim=True)
+        entropy = -torch.special.xlogy(share, share).sum(1) / torch.log(torch.tensor(float(share.shape[1])))
+        gone = ((view.size - target) / left**0.5 * (1 - entropy**2)).round()
+        if self.compat:
+            gone = gone.amax().expand_as(gone)
+        kept = (view.size - gone).clamp(target, view.size)
+        rank = torch.argsort(torch.argsort(-view.carry, dim=1, stable=True), dim=1, stable=True)
+        return rank < kept[:, None]
+
+    def cut_decoder(self, view: DecoderView, count: int) -> Tensor:
+        """Relation and value rows of the last prompt token over the visual tokens alone (section 4, large pictures)."""
+        query, keys, value, values = view.projections()
+        scale = query.shape[-1] ** -0.5
+        relation = kernels.attention_rows(query[:, :, None], keys, scale=scale)[:, 0]
+        similar = kernels.value_similarity(values, value, scale=scale)
+        density = values.float().mean(1).abs().sum(-1)
+        score = (relation / relation.sum(1, keepdim=True) + similar / similar.sum(1, keepdim=True)) * density
+        return kernels.topk(score, count)
