@@ -4,6 +4,7 @@
 >>> model = vtok.compress(model, "flowcut", keep=64)  # doctest: +SKIP
 """
 
+import vtok.methods  # noqa: F401  (before the function of the same name, which takes its place as an attribute)
 from vtok.api import (
     budget,
     compress,
@@ -15,6 +16,7 @@ from vtok.api import (
     restore,
 )
 from vtok.errors import VtokError
+from vtok.information import Information, calibrate, information
 from vtok.method import Method, get, register
 from vtok.protocol import Adapter
 from vtok.report import Report
@@ -26,6 +28,7 @@ __all__ = [
     "Adapter",
     "DecoderView",
     "Fusion",
+    "Information",
     "Method",
     "Report",
     "Selection",
@@ -36,10 +39,12 @@ __all__ = [
     "VtokError",
     "__version__",
     "budget",
+    "calibrate",
     "compress",
     "compressed",
     "families",
     "get",
+    "information",
     "methods",
     "register",
     "register_adapter",

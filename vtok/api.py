@@ -109,6 +109,7 @@ def compress(
     budget_ = parse_keep(keep, chain)
     policy = _positions(positions, chain, adapter)
     _check_text(adapter)
+    chain = tuple(item.prepare(model) for item in chain)
     session = Session(model, adapter, chain, budget_, policy)
     previous = model.__dict__.get(SESSION)
     if previous is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import vtok_kernels as kernels
 from vtok.errors import VtokError
@@ -68,6 +68,13 @@ class Method:
                 f"0 to {depth - 1}; pass layer= between 1 and {depth - 1}"
             )
         return layer
+
+    def prepare(self, model: nn.Module) -> Method:
+        """The method as it will act on this model: ``vtok.compress`` calls this once, before any hook goes in.
+
+        For methods that measure something first (``random_deep`` with ``layer="auto"``).
+        """
+        return self
 
     def refuse(self, shape: Shape) -> str | None:
         """Why this method cannot serve a model of this shape, or ``None``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vtok.engine.prefill import Prefill
@@ -133,6 +132,23 @@ def of_prefill(run: Prefill | None, batch: int, method: str, keep: float, family
     )
 
 
+def of_tower(state: Any, method: str, keep: float, family: str) -> Report:
+    """The report of a bare vision transformer: one image a row, indices of patches, no decoder."""
+    tiles = len(state.counts)
+    split = lambda kept: [[row.nonzero().flatten().cpu()] for row in kept]  # noqa: E731
+    kept = split(state.kept())
+    stages = [StageReport("encoder", layer, split(mask)) for layer, mask in state.stages]
+    groups: list[list[Any]] = [[None]] * tiles
+    if state.merged:
+        groups = [[_groups(dst, own[0])] for dst, own in zip(state.dst, kept, strict=True)]
+    side = round(state.total**0.5)
+    part = Part(side, side) if side * side == state.total else Part(1, state.total)
+    left = sum(state.counts) / tiles
+    return Report(
+        method, keep, family, kept, groups, stages, [[(part,)]] * tiles, state.total, left, [], left, 1.0, {}
+    )  # fmt: skip
+
+
 def macs(tokens: int, config: Any) -> float:
     """Multiply-accumulates of one decoder layer on n visual tokens: projections, attention, gated feed-forward.
 
@@ -165,8 +181,3 @@ def _runs(values: list[float]) -> str:
         else:
             runs.append((value, 1))
     return ", ".join(f"{value:g} x{count}" for value, count in runs)
-
-
-def empty_tensor() -> Tensor:
-    """An empty kept set."""
-    return torch.empty(0, dtype=torch.long)

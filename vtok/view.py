@@ -85,7 +85,6 @@ class TowerView(View):
         q, k, v: (G, H, prefix + n, d) projections of the block that has just run (after its rotary embedding).
         scale: factor on q.k in this tower.
         carry: (G, n) what the method's ``observe`` returned last, following the tokens; ``None`` at first.
-        depth: blocks that run on the pruned sequence end at the feature layer: ``remaining`` blocks are left.
         prefix_features: (G, prefix, D) prefix tokens as they stand.
         sizes: (G, n) how many original tokens each token stands for.
         target: tokens that must be left when the tower ends.
@@ -100,7 +99,6 @@ class TowerView(View):
     has_cls: bool = False
     scale: float = 1.0
     carry: Tensor | None = None
-    remaining: int = 0
     target: int = 0
     unit: int = 1
     sizes: Tensor | None = None
@@ -192,7 +190,8 @@ class Stage:
         reads: what the engine must record: ``"qkv"``, ``"attention"``, ``"transition"``, ``"saliency"``.
         share: decoder only: tokens left relative to what entered the decoder.
         floor: fewest tokens the stage may leave.
-        observed: decoder only: layers whose transitions are accumulated.
+        observed: layers whose transitions are accumulated (decoder) or whose projections ``observe`` sees (tower; empty:
+            all before the cut).
     """
 
     site: str

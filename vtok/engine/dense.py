@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import vtok_kernels as kernels
 from vtok.engine.spans import Encoded
-from vtok.engine.towers import Tower, Wrapped, distribute, host_sizes
+from vtok.engine.towers import Tower, Wrapped, distribute, host_sizes, merge_goal
 from vtok.errors import VtokError
 from vtok.protocol import Medium
 from vtok.view import Selection, Stage, TowerView
@@ -99,7 +99,7 @@ class DenseTower(Tower):
         hook(spec.root.register_forward_pre_hook(self._begin, with_kwargs=True))
         hook(spec.root.register_forward_hook(self._end, always_call=True))
         last_cut = max((stage.layer or 0 for stage in self.cuts), default=-1)
-        watched = set(range(last_cut)) if self.observe is not None else set()
+        watched = set(self.observed(last_cut)) if self.observe is not None else set()
         watched |= {(stage.layer or 0) - 1 for stage in self.cuts if "qkv" in stage.reads}
         watched |= {spec.feature_layer for stage in self.final if "qkv" in stage.reads}
         watched |= {stage.layer or 0 for stage in self.fusions if "qkv" in stage.reads}
@@ -175,7 +175,7 @@ class DenseTower(Tower):
 
     def _watch(self, number: int, module: nn.Module, args: tuple) -> None:
         state = self._start(args[0])
-        if state is not None:
+        if state is not None and number - 1 in state.taps:
             self._observe(number, args[0], state)
 
     def _before_block(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -185,7 +185,7 @@ class DenseTower(Tower):
             if state is None or not (state.ragged or state.merged):
                 return None
         assert state is not None
-        if number and self.observe is not None and number <= max(stage.layer or 0 for stage in self.cuts):
+        if number and self.observe is not None and number - 1 in state.taps and number <= max(s.layer or 0 for s in self.cuts):
             self._observe(number, x, state)
         for stage in self.cuts:
             if stage.layer == number:
@@ -236,7 +236,6 @@ class DenseTower(Tower):
             scale=spec.blocks.scale(spec.layers[max(block, 0)]),
             carry=None if state.carry is None else pick(state.carry)[:, :count],
             sizes=None if state.sizes is None else pick(state.sizes)[:, :count],
-            remaining=spec.feature_layer - number,
             target=target,
             prefix_features=None if state.prefix_features is None else pick(state.prefix_features),
         )
@@ -308,7 +307,8 @@ class DenseTower(Tower):
 
     def _fuse(self, stage: Stage, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state, number, fuse = self.state, stage.layer or 0, stage.fuse
-        if state is None or fuse is None:
+        due = state is not None and any(c > t for c, t in zip(state.counts, state.targets, strict=True))
+        if state is None or fuse is None or not (due or state.merged):
             return original(x, *args, **kwargs)
         block, blocks = self.spec.layers[number], self.spec.blocks
         if fuse.where == "middle":
@@ -338,9 +338,15 @@ class DenseTower(Tower):
             state.sizes = torch.ones(state.tokens.shape, device=x.device)
         parts: dict[int, tuple] = {}
         for count, target, rows in state.groups():
-            r = (count - target + len(later) - 1) // len(later)
+            r = count - merge_goal(count, target, len(later), self.compat)
             view = self._fusion_view(number, x, state, count, target, rows)
             plan = stage.fuse.match(view, max(0, r))
+            if len(later) == 1 and plan.n_out - prefix > target:
+                least = -(-state.total // 2 ** len(self.fusions))
+                raise VtokError(
+                    f"{self.session.name} merges in {len(self.fusions)} blocks, each at most halving, so it cannot leave "
+                    f"{target} of {state.total} tokens of a tile; ask for at least {least}, or give it more layers="
+                )
             sizes = torch.cat((torch.ones(len(rows), prefix, device=x.device), state.sizes[rows][:, :count]), 1)
             weights = sizes if stage.fuse.weights is None else stage.fuse.weights(view)
             merged = plan.merge(view.features, weights.to(view.features.dtype))

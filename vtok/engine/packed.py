@@ -1,3 +1,501 @@
-from vtok.engine.towers import Tower
+"""Packed towers (Qwen): whole 2x2 cells are cut or merged, per frame, and inside windows where there are windows.
+
+All pictures of a call lie in one (seq, D) sequence, so frames may end up with any length: only ``cu_seqlens``, the
+window lengths and the rotary tables have to follow. The merger's output is put back to full length, so the library's
+own un-permutation and splitting stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vtok_kernels as kernels
+from vtok.engine.dense import _received
+from vtok.engine.spans import Encoded
+from vtok.engine.towers import Tower, Wrapped, distribute, host_sizes, merge_goal
+from vtok.errors import VtokError
+from vtok.protocol import Medium
+from vtok.view import Selection, Stage, TowerView
+
+
+@dataclass
+class CellState:
+    """Cells of one tower run, in processing order.
+
+    Attributes:
+        order: (M,) raster cell at each processing position; ``window``: (M,) its window.
+        starts: first processing position of every frame, and the end.
+        targets: cells that each frame must be left with. ``counts``: cells of each frame now, on the host.
+        cells: (m,) processing positions that stand, ascending.
+        sizes: (m,) original cells per standing cell, once merged. ``carry``: (m,) the method's running score.
+        dst: (M,) processing position that each cell was poured into, -1 where dropped.
+        place: (m, unit, 2) mean row and column of merged patches, fractional; ``None`` before any merge.
+        grid_places: (M, unit, 2) row and column of every patch at the start, where something merges.
+        tables: (cos, sin) of all patches. ``rotary``: those of the block that runs.
+    """
+
+    order: Tensor
+    window: Tensor
+    starts: list[int]
+    targets: list[int]
+    counts: list[int]
+    cells: Tensor
+    dst: Tensor
+    sizes: Tensor | None = None
+    carry: Tensor | None = None
+    place: Tensor | None = None
+    merged: bool = False
+    taps: dict[int, list[Tensor]] = field(default_factory=dict)
+    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    stages: list[tuple[int | None, Tensor]] = field(default_factory=list)
+    tables: tuple[Tensor, Tensor] | None = None
+    grid_places: Tensor | None = None
+
+    def frames(self) -> list[tuple[int, int, int]]:
+        """(first row, cells, target) of every frame in the current sequence of cells."""
+        rows, start = [], 0
+        for count, target in zip(self.counts, self.targets, strict=True):
+            rows.append((start, count, target))
+            start += count
+        return rows
+
+    def standing(self) -> Tensor:
+        """(M,) bool by processing position."""
+        return torch.zeros(len(self.order), dtype=torch.bool, device=self.cells.device).index_fill(0, self.cells, True)
+
+
 class PackedTower(Tower):
-    pass
+    """Runs the encoder stages of a session on a packed tower."""
+
+    def __init__(self, session: Any) -> None:
+        super().__init__(session)
+        stages = [stage for stage in session.stages if stage.site == "encoder"]
+        self.cuts = [stage for stage in stages if stage.select is not None and stage.layer is not None]
+        self.final = [stage for stage in stages if stage.select is not None and stage.layer is None]
+        self.fusions = [stage for stage in stages if stage.fuse is not None]
+        self.observe = next((stage.observe for stage in stages if stage.observe is not None), None)
+        self.state: CellState | None = None
+        self.compat = bool(getattr(session.methods[0], "compat", False))
+
+    def install(self) -> None:
+        spec, hook = self.spec, self.session.hook
+        last_cut = max((stage.layer or 0 for stage in self.cuts), default=0)
+        watched = set(self.observed(last_cut)) if self.observe is not None else {(s.layer or 0) - 1 for s in self.cuts}
+        watched |= {spec.feature_layer} if self.final else set()
+        watched |= {stage.layer or 0 for stage in self.fusions if "qkv" in stage.reads}
+        for number in sorted(watched):
+            for tap in spec.blocks.taps(spec.layers[number]):
+                hook(tap.register_forward_hook(partial(self._tap, number)))
+        for number, layer in enumerate(spec.layers):
+            hook(layer.register_forward_pre_hook(partial(self._before_block, number), with_kwargs=True))
+        for stage in self.fusions:
+            layer = spec.layers[stage.layer or 0]
+            self.session.wrapped.append(Wrapped(layer, "forward", partial(self._fuse, stage)))
+        if not spec.mergers:
+            raise VtokError(f"{type(spec.root).__name__} has no patch merger to put dropped cells back after")
+        hook(spec.mergers[0].register_forward_pre_hook(self._before_merger))
+        for merger in spec.mergers:
+            hook(merger.register_forward_hook(self._after_merger))
+
+    # -- hooks --------------------------------------------------------------------------------------------------
+
+    def _tap(self, number: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.state is not None:
+            self.state.taps[number] = [output]
+
+    def _before_block(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        state = self.state
+        if state is None:
+            return None
+        x = args[0]
+        if number and self.observe is not None and (number - 1) in state.taps:
+            self._observe(number, x, state)
+        for stage in self.cuts:
+            if stage.layer == number:
+                x = self._cut(stage, number, x, state)
+        if number - 1 != self.spec.feature_layer:
+            state.taps.pop(number - 1, None)
+        kwargs = dict(kwargs)
+        if state.tables is None:
+            state.tables = kwargs["position_embeddings"]
+        self._geometry(number, x, state, kwargs)
+        state.rotary = {number: kwargs["position_embeddings"]}
+        return (x, *args[1:]), kwargs
+
+    def _geometry(self, number: int, x: Tensor, state: CellState, kwargs: dict[str, Any]) -> None:
+        """Rotary tables and segment bounds of the cells that stand."""
+        if len(state.cells) == len(state.order) and not state.merged:
+            return
+        unit = self.spec.unit
+        if state.place is not None:
+            kwargs["position_embeddings"] = self.spec.root.rotary_pos_emb(x, state.place.flatten(0, 1))  # type: ignore[operator]
+        else:
+            rows = (state.cells[:, None] * unit + torch.arange(unit, device=x.device)).flatten()
+            kwargs["position_embeddings"] = tuple(table[rows] for table in state.tables)  # type: ignore[union-attr]
+        kwargs["cu_seqlens"] = self._bounds(number, state, kwargs["cu_seqlens"])
+
+    def _bounds(self, number: int, state: CellState, given: Tensor) -> Tensor:
+        full = self.spec.full_layers
+        if full is None or number in full:
+            lengths = torch.tensor([count for count in state.counts if count], device=given.device)
+        else:
+            lengths = torch.unique_consecutive(state.window[state.cells], return_counts=True)[1]
+        ends = (lengths * self.spec.unit).cumsum(0)
+        return torch.cat((ends.new_zeros(1), ends)).to(given.dtype)
+
+    # -- views --------------------------------------------------------------------------------------------------
+
+    def _groups(self, state: CellState) -> list[tuple[int, int, list[int]]]:
+        together: dict[tuple[int, int], list[int]] = {}
+        for number, key in enumerate(zip(state.counts, state.targets, strict=True)):
+            together.setdefault(key, []).append(number)
+        return [(count, target, frames) for (count, target), frames in together.items()]
+
+    def _rows(self, state: CellState, count: int, frames: list[int], device: Any) -> Tensor:
+        """(G, count) rows of these frames in the current sequence of cells."""
+        starts = torch.tensor([state.frames()[frame][0] for frame in frames], device=device)
+        return starts[:, None] + torch.arange(count, device=device)
+
+    def _patches(self, rows: Tensor) -> Tensor:
+        """(G, n) cell rows to (G, n * unit) patch rows."""
+        unit = self.spec.unit
+        return (rows[..., None] * unit + torch.arange(unit, device=rows.device)).flatten(1)
+
+    def _view(self, number: int, x: Tensor, state: CellState, rows: Tensor, target: int, block: int) -> TowerView:
+        """Frames (or windows) whose cells are at ``rows``; q, k, v of ``block`` where they were tapped."""
+        patches = self._patches(rows)
+        q = k = v = None
+        layer = self.spec.layers[block]
+        if block in state.taps:
+            from vtok.engine.rows import rotate
+
+            projections = self.spec.blocks.split(layer, state.taps[block])
+            q, k, v = (t[patches].transpose(1, 2) for t in projections)
+            cos, sin = (table[patches] for table in state.rotary[block])
+            q, k = rotate(q.float(), cos.float(), sin.float()).to(q.dtype), rotate(k.float(), cos.float(), sin.float()).to(k.dtype)
+        return TowerView(
+            features=x[patches],
+            tokens=state.cells[rows],
+            places=[0] * rows.shape[0],
+            layer=number,
+            q=q,
+            k=k,
+            v=v,
+            scale=self.spec.blocks.scale(layer),
+            carry=None if state.carry is None else state.carry[rows],
+            sizes=None if state.sizes is None else state.sizes[rows],
+            target=target,
+            unit=self.spec.unit,
+        )
+
+    # -- cuts ---------------------------------------------------------------------------------------------------
+
+    def _observe(self, number: int, x: Tensor, state: CellState) -> None:
+        assert self.observe is not None
+        carry = torch.zeros(len(state.cells), device=x.device) if state.carry is None else state.carry.clone()
+        for count, target, frames in self._groups(state):
+            if count > target:
+                rows = self._rows(state, count, frames, x.device)
+                carry[rows] = self.observe(self._view(number, x, state, rows, target, number - 1)).to(carry.dtype)
+        state.carry = carry
+
+    def _cut(self, stage: Stage, number: int, x: Tensor, state: CellState) -> Tensor:
+        assert stage.select is not None
+        keep = torch.ones(len(state.cells), dtype=torch.bool, device=x.device)
+        counts = list(state.counts)
+        for count, target, frames in self._groups(state):
+            if count <= target:
+                continue
+            rows = self._rows(state, count, frames, x.device)
+            answer = stage.select(self._view(number, x, state, rows, target, number - 1), target)
+            answer = answer.indices if isinstance(answer, Selection) else answer
+            if answer.dtype == torch.bool:
+                sizes = host_sizes(answer)
+            else:
+                sizes, answer = [answer.shape[1]] * len(frames), kernels.keep_mask(answer, count)
+            keep[rows] = answer
+            for frame, size in zip(frames, sizes, strict=True):
+                counts[frame] = size
+        x = self._narrow(x, keep, counts, state)
+        state.stages.append((number, state.standing()))
+        return x
+
+    def _narrow(self, x: Tensor, keep: Tensor, counts: list[int], state: CellState) -> Tensor:
+        if counts == state.counts:
+            return x
+        index = kernels.topk(keep[None].float(), sum(counts))[0]
+        gone = state.standing()
+        state.cells, state.counts = state.cells[index], counts
+        state.carry = None if state.carry is None else state.carry[index]
+        state.sizes = None if state.sizes is None else state.sizes[index]
+        state.place = None if state.place is None else state.place[index]
+        lost = gone & ~state.standing()
+        state.dst = torch.where(lost[state.dst.clamp_min(0)], -1, state.dst)
+        return x[self._patches(index[None])[0]]
+
+    # -- merging ------------------------------------------------------------------------------------------------
+
+    def _fuse(self, stage: Stage, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state, fuse, number = self.state, stage.fuse, stage.layer or 0
+        if state is None or fuse is None:
+            return original(x, *args, **kwargs)
+        block, blocks = self.spec.layers[number], self.spec.blocks
+        if fuse.where == "middle":
+            x = x + blocks.attend(block, x, self._size_bias(fuse, state), kwargs)
+            x = self._merge(stage, number, x, state)
+            return x + blocks.feed(block, x)
+        projections = blocks.project(block, x)
+        state.taps[number] = [torch.cat([t.flatten(1) for t in projections], dim=1)]
+        x = self._merge(stage, number, x, state)
+        self._geometry(number, x, state, kwargs)
+        x = x + blocks.attend(block, x, self._size_bias(fuse, state), kwargs)
+        return x + blocks.feed(block, x)
+
+    def _size_bias(self, fuse: Any, state: CellState) -> Tensor | None:
+        if not (fuse.proportional and state.merged and state.sizes is not None):
+            return None
+        return state.sizes.log().repeat_interleave(self.spec.unit)
+
+    def _merge(self, stage: Stage, number: int, x: Tensor, state: CellState) -> Tensor:
+        """Merge inside every window (every frame where there are none), slot with slot."""
+        assert stage.fuse is not None
+        fuse, unit = stage.fuse, self.spec.unit
+        later = sum(1 for other in self.fusions if (other.layer or 0) >= number)
+        state.sizes = torch.ones(len(state.cells), device=x.device) if state.sizes is None else state.sizes
+        state.place = state.grid_places if state.place is None else state.place
+        lengths, goals = self._segments(state, later)
+        slot = torch.arange(len(state.cells), device=x.device)
+        weights = state.sizes.clone()
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        together: dict[tuple[int, int], list[int]] = {}
+        for segment, key in enumerate(zip(lengths, goals, strict=True)):
+            together.setdefault(key, []).append(segment)
+        keep = torch.ones(len(state.cells), dtype=torch.bool, device=x.device)
+        left = list(lengths)
+        for (length, goal), segments in together.items():
+            if goal >= length:
+                continue
+            rows = torch.tensor([starts[s] for s in segments], device=x.device)[:, None] + torch.arange(length, device=x.device)
+            view = self._fusion_view(number, x, state, rows, goal)
+            plan = fuse.match(view, length - goal)
+            if fuse.weights is not None:
+                weights[rows] = fuse.weights(view).to(weights.dtype)
+            representative = rows.gather(1, plan.representative)
+            slot[rows] = representative.gather(1, plan.dst)
+            mask = torch.zeros_like(rows, dtype=torch.bool).scatter(1, plan.representative, True)
+            keep[rows] = mask
+            for segment in segments:
+                left[segment] = plan.n_out
+        return self._pour(number, x, state, slot, weights, keep, lengths, left, unit)
+
+    def _pour(
+        self, number: int, x: Tensor, state: CellState, slot: Tensor, weights: Tensor, keep: Tensor,
+        lengths: list[int], left: list[int], unit: int,
+    ) -> Tensor:  # fmt: skip
+        """Apply one merge to tokens, sizes, places and the running map."""
+        count = sum(left)
+        index = kernels.topk(keep[None].float(), count)[0]
+        rank = keep.cumsum(0) - 1
+        plan = kernels.MergePlan(rank[slot][None], count)
+        cells = x.unflatten(0, (-1, unit)).flatten(1)
+        merged = plan.merge(cells[None], weights[None].to(cells.dtype))[0].unflatten(1, (unit, -1)).flatten(0, 1)
+        assert state.sizes is not None and state.place is not None
+        place = plan.merge(state.place.flatten(1)[None], state.sizes[None])[0].unflatten(1, (unit, 2))
+        sizes = plan.sum(state.sizes[None])[0]
+        target = torch.full_like(state.dst, -1)
+        target[state.cells] = state.cells[slot]
+        state.dst = torch.where(state.dst >= 0, target[state.dst.clamp_min(0)], -1)
+        frame_of = torch.repeat_interleave(torch.arange(len(state.counts)), torch.tensor(state.counts))
+        firsts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))])
+        counts = [0] * len(state.counts)
+        for frame, size in zip(frame_of[firsts].tolist(), left, strict=True):
+            counts[frame] += size
+        state.cells, state.sizes, state.place, state.counts = state.cells[index], sizes, place, counts
+        state.merged, state.carry = True, None
+        state.stages.append((number, state.standing()))
+        return merged
+
+    def _segments(self, state: CellState, later: int) -> tuple[list[int], list[int]]:
+        """Cells of every window (or frame) now, and how many each shall be left with by this merge."""
+        if self.spec.full_layers is None:
+            lengths = list(state.counts)
+            owners = [[i] for i in range(len(lengths))]
+        else:
+            lengths = torch.unique_consecutive(state.window[state.cells], return_counts=True)[1].tolist()
+            owners, start, number = [], 0, 0
+            for count in state.counts:
+                own, end = [], start + count
+                while start < end:
+                    own.append(number)
+                    start += lengths[number]
+                    number += 1
+                owners.append(own)
+        goals = list(lengths)
+        for frame, own in enumerate(owners):
+            goal = merge_goal(state.counts[frame], state.targets[frame], later, self.compat)
+            share = distribute(goal, [lengths[i] for i in own])
+            for segment, goal in zip(own, share, strict=True):
+                # bipartite matching can take at most half
+                goals[segment] = max(goal, lengths[segment] - lengths[segment] // 2)
+        return lengths, goals
+
+    def _fusion_view(self, number: int, x: Tensor, state: CellState, rows: Tensor, target: int) -> TowerView:
+        from vtok.engine.rows import rotate
+
+        patches = self._patches(rows)
+        layer = self.spec.layers[number]
+        view = self._view(number, x, state, rows, target, -1)
+        if number in state.taps:
+            # similarity is taken before the rotary embedding; attention after it
+            q, k, v = (t[patches].transpose(1, 2) for t in self.spec.blocks.split(layer, state.taps[number]))
+            cos, sin = (table[patches].float() for table in state.rotary[number])
+            bias = None if state.sizes is None else state.sizes[rows].log().repeat_interleave(self.spec.unit, 1)
+            turned = rotate(q.float(), cos, sin), rotate(k.float(), cos, sin)
+            view.received = view.per_cell(_received(*turned, view.scale, bias))
+            view.q, view.k, view.v = q, k, v
+        return view
+
+    # -- the tower's end ----------------------------------------------------------------------------------------
+
+    def _before_merger(self, module: nn.Module, args: tuple) -> Any:
+        state = self.state
+        if state is None:
+            return None
+        x = args[0]
+        for stage in self.final:
+            x = self._select_output(stage, x, state)
+        x = self._trim(x, state)
+        return (x, *args[1:])
+
+    def _trim(self, x: Tensor, state: CellState) -> Tensor:
+        """Windows of one cell cannot merge: what is left above the budget goes by size, smallest groups first."""
+        if not self.fusions or all(c <= t for c, t in zip(state.counts, state.targets, strict=True)):
+            return x
+        keep = torch.ones(len(state.cells), dtype=torch.bool, device=x.device)
+        for start, count, target in state.frames():
+            if count > target:
+                assert state.sizes is not None
+                chosen = kernels.topk(state.sizes[None, start : start + count], target)
+                keep[start : start + count] = kernels.keep_mask(chosen, count)[0]
+        counts = [min(c, t) for c, t in zip(state.counts, state.targets, strict=True)]
+        x = self._narrow(x, keep, counts, state)
+        state.stages[-1] = (state.stages[-1][0], state.standing())
+        return x
+
+    def _select_output(self, stage: Stage, x: Tensor, state: CellState) -> Tensor:
+        """A stage on the tower's last features: cells are chosen or merged, slot with slot."""
+        assert stage.select is not None
+        unit, number = self.spec.unit, self.spec.feature_layer + 1
+        keep = torch.ones(len(state.cells), dtype=torch.bool, device=x.device)
+        counts, x = list(state.counts), x.clone()
+        for count, target, frames in self._groups(state):
+            if count <= target:
+                continue
+            rows = self._rows(state, count, frames, x.device)
+            answer = stage.select(self._view(number, x, state, rows, target, number - 1), target)
+            answer = answer if isinstance(answer, Selection) else Selection(answer)
+            if answer.features is not None:
+                places = self._patches(rows.gather(1, answer.indices))
+                x = x.index_put((places.flatten(),), answer.features.flatten(0, 1).to(x.dtype))
+            if answer.groups is not None:
+                own = state.cells[rows]
+                local = answer.groups
+                target_cell = own.gather(1, answer.indices).gather(1, local.clamp_min(0))
+                state.dst[own] = torch.where(local >= 0, target_cell, -1)
+                state.merged = True
+            keep[rows] = kernels.keep_mask(answer.indices, count)
+            for frame in frames:
+                counts[frame] = answer.indices.shape[1]
+        dst = state.dst
+        x = self._narrow(x, keep, counts, state)
+        state.dst = dst if state.merged else state.dst
+        state.stages.append((None, state.standing()))
+        assert unit * len(state.cells) == x.shape[0]
+        return x
+
+    def _after_merger(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        state = self.state
+        if state is None or len(state.cells) == len(state.order):
+            return None
+        return output.new_zeros(len(state.order), output.shape[1]).index_copy(0, state.cells.to(output.device), output)
+
+    # -- encode -------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, modality: str, call: Mapping[str, Any], media: Sequence[Medium], original: Any, args: Any, kwargs: Any
+    ) -> tuple[Any, list[Encoded]]:
+        grid = torch.as_tensor(call[f"{modality}_grid_thw"])
+        self.state = state = self._state(media, grid)
+        whole = state.counts == state.targets
+        if whole:
+            self.state = None
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self.state = None
+        if whole:
+            return output, [Encoded(medium, medium.length) for medium in media]
+        if not state.stages:
+            raise VtokError(
+                f"{self.session.name} acts inside the vision tower, but {type(self.spec.root).__name__} never ran its "
+                "blocks in this call; pass pixels, not precomputed features"
+            )
+        return output, self._encoded(media, state)
+
+    def _state(self, media: Sequence[Medium], grid: Tensor) -> CellState:
+        device = next(self.spec.root.parameters()).device
+        targets, counts = [], []
+        for medium in media:
+            cells = [part.length for part in medium.parts]
+            targets += distribute(min(self.session.tower_count(medium.length), medium.length), cells)
+            counts += cells
+        total = sum(counts)
+        windows = self.session.adapter.windows(grid)
+        if windows is None:
+            order = torch.arange(total)
+            window = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        else:
+            order, lengths = windows
+            window = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        cells = torch.arange(total, device=device)
+        state = CellState(order.to(device), window.to(device), starts, targets, counts, cells, cells)
+        if self.fusions:
+            from transformers.vision_utils import get_vision_position_ids
+
+            places = get_vision_position_ids(grid, int(self.spec.unit**0.5)).unflatten(0, (-1, self.spec.unit))
+            state.grid_places = places.to(device).float()[state.order]
+        return state
+
+    def _encoded(self, media: Sequence[Medium], state: CellState) -> list[Encoded]:
+        """What stands of each medium, by raster cell."""
+        raster = torch.zeros_like(state.order)
+        raster[state.order] = torch.arange(len(state.order), device=state.order.device)  # raster -> processing position
+        standing = state.standing()[raster]
+        stages = [(layer, mask[raster]) for layer, mask in state.stages]
+        encoded, frame = [], 0
+        for medium in media:
+            own = slice(medium.tiles.start, medium.tiles.stop)
+            frames = len(medium.parts)
+            count = sum(state.counts[frame : frame + frames])
+            if count == medium.length:
+                encoded.append(Encoded(medium, count))
+            else:
+                item = Encoded(medium, count, kernels.topk(standing[own][None].float(), count)[0])
+                item.stages = [(layer, mask[own]) for layer, mask in stages]
+                if state.merged:
+                    target = state.dst[raster[own]]
+                    item.groups = torch.where(target >= 0, state.order[target.clamp_min(0)] - medium.tiles.start, -1)
+                encoded.append(item)
+            frame += frames
+        return encoded

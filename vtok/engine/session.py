@@ -159,6 +159,13 @@ class Session:
         inside = sum(1 for method in self.methods if method.site == "encoder")
         return counts[inside - 1] if inside else tokens
 
+    def tower_report(self) -> Any:
+        """The report of a bare vision transformer's last forward, or ``None``."""
+        from vtok.report import of_tower
+
+        state = getattr(self.tower, "finished", None)
+        return None if state is None else of_tower(state, self.name, float(self.keep), self.adapter.family)
+
     # -- encoder calls ------------------------------------------------------------------------------------------
 
     def _encode(self, modality: str, original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -52,6 +52,11 @@ class Tower:
         self.seen: Tensor | None = None
         self.taps: list[Tensor] = []
 
+    def observed(self, last_cut: int) -> Sequence[int]:
+        """Blocks that a running score looks at."""
+        asked = next((s.observed for s in self.session.stages if s.site == "encoder" and s.observe is not None), ())
+        return asked or range(last_cut)
+
     def install(self) -> None:
         if self.saliency:
             last = len(self.spec.layers) - 1
@@ -123,3 +128,15 @@ def distribute(total: int, weights: Sequence[int]) -> list[int]:
 def host_sizes(mask: Tensor) -> list[int]:
     """Row sums on the host: the synchronisation that a data-dependent length needs."""
     return torch.as_tensor(mask.sum(1)).tolist()
+
+
+def merge_goal(count: int, target: int, later: int, even: bool) -> int:
+    """Tokens that one of ``later`` remaining merges should leave.
+
+    A constant ratio reaches any target down to ``count / 2**later`` (matching can take at most half at a time); a
+    constant number a block (``even``, as ToMe and MCTF were published) runs into that half before small targets.
+    """
+    if count <= target:
+        return count
+    goal = count - -(-(count - target) // later) if even else round(count * (target / count) ** (1 / later))
+    return max(goal, target, count - count // 2)

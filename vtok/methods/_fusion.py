@@ -7,13 +7,14 @@ from torch import Tensor
 from vtok.view import Shape, TowerView
 
 
-def fusion_layers(shape: Shape, everywhere: bool = False) -> tuple[int, ...]:
-    """Blocks that merge. At most half of the tokens can go in one block, so six of them reach 1/64; spread over the
-    first three quarters of the tower, where saving still pays (MCTF's fast setting: blocks 3, 6, 9 of 12)."""
-    if everywhere:
-        return tuple(range(shape.tower_depth))
-    count = min(6, shape.tower_depth)
-    return tuple(sorted({round((i + 1) * 0.75 * shape.tower_depth / count) - 1 for i in range(count)} - {-1}))
+def fusion_layers(shape: Shape, first: int = 0, everywhere: bool = False) -> tuple[int, ...]:
+    """Blocks that merge, from ``first`` on. At most half of the tokens can go in one block, so six of them reach 1/64;
+    spread over the first three quarters of the tower, where saving still pays (MCTF's fast setting: 3, 6, 9 of 12)."""
+    blocks = range(first, shape.tower_depth)
+    if everywhere or len(blocks) <= 6:
+        return tuple(blocks)
+    step = 0.75 * len(blocks) / 6
+    return tuple(blocks[int((i + 1) * step) - 1] for i in range(6))
 
 
 def keys_metric(view: TowerView) -> Tensor:

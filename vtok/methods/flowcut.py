@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -55,9 +56,12 @@ class FlowCut(Method):
 
     def stages(self, shape: Shape) -> Sequence[Stage]:
         last = shape.tower_depth - 1
-        cuts = [layer for layer in range(2, last + 1) if (last - layer) % self.every == 0]
-        reads = frozenset({"qkv"})
-        stages = [Stage("encoder", cut, self.cut, observe=self.observe, reads=reads) for cut in cuts or [last]]
+        cuts = [layer for layer in range(2, last + 1) if (last - layer) % self.every == 0] or [last]
+        # where most blocks see only windows, the ones that see everything give the scores, and the cuts follow them
+        whole = tuple(layer for layer in shape.full_layers or () if 0 < layer + 1 <= last)
+        cuts = [layer + 1 for layer in whole] or cuts
+        reads, cut = frozenset({"qkv"}), partial(self.cut, cuts[-1])
+        stages = [Stage("encoder", at, cut, observe=self.observe, reads=reads, observed=whole) for at in cuts]
         if self.llm_layer is not None and (shape.tiled or shape.packed) and self.llm_layer + 1 < shape.depth:
             share = self.llm_share if self.llm_share is not None else (0.5 if shape.packed else 0.4)
             stages.append(Stage("decoder", self.llm_layer + 1, self.cut_decoder, reads=reads | {"attention"}, share=share))
@@ -81,10 +85,10 @@ class FlowCut(Method):
         query = view.q[:, :, :1] if view.has_cls else view.q.mean(2, keepdim=True)
         return kernels.attention_rows(query, view.k, scale=view.scale)[:, 0, view.prefix :]
 
-    def cut(self, view: TowerView, target: int) -> Tensor:
+    def cut(self, last: int, view: TowerView, target: int) -> Tensor:
         """(G, n) bool: what the entropy schedule leaves (steps 6-7)."""
         assert view.carry is not None
-        left = view.remaining  # layers of the paper's countdown: 0 at the last cut, which goes straight to the target
+        left = last - (view.layer or 0)  # the paper's countdown: the last cut goes straight to the target
         if left <= 0:
             return kernels.keep_mask(kernels.topk(view.carry, target), view.size)
         attention = self.relation(view)

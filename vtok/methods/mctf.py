@@ -46,7 +46,7 @@ class MCTF(Method):
     def stages(self, shape: Shape) -> Sequence[Stage]:
         reuse = self.reuse_attention and not shape.packed
         fuse = Fusion(self.match, "before", self.weights, reuse_attention=reuse)
-        layers = self.layers or tuple(layer for layer in fusion_layers(shape, everywhere=self.compat) if layer > 0)
+        layers = self.layers or fusion_layers(shape, first=1, everywhere=self.compat)
         return [Stage("encoder", layer, fuse=fuse) for layer in layers]
 
     def match(self, view: TowerView, r: int) -> kernels.MergePlan:

@@ -58,6 +58,8 @@ class VisionZip(Method):
     def _select(self, view: TowerView, count: int, cls: bool) -> Selection:
         merged = max(0, min(round(count * self.contextual), count - 1 - int(cls)))
         dominant = kernels.topk(self.dominance(view), count - merged - int(cls))
+        if not merged and not cls:
+            return Selection(dominant)
         stays = kernels.keep_mask(dominant, view.size)
         rest = kernels.topk((~stays).float(), view.size - dominant.shape[1])
         targets, joins = kernels.strided_merge(self.metric(view).gather(1, _wide(rest, self.metric(view))), merged)
