@@ -16,7 +16,7 @@ from vtok.report import Report
 FITS = ("auto", "crop", "pad", "stretch")
 PAPER, INK, FADE, LINE = (255, 255, 255), (34, 34, 40), (24, 26, 34), (255, 255, 255)
 GAP = 12
-SMALLEST, LARGEST = 448, 896  # a panel's longer side in pixels, where cells allow it
+SMALLEST, LARGEST = 448, 896  # longer side of a panel in pixels; many tokens may make it larger
 
 RGB = tuple[int, int, int]
 

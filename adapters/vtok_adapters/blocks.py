@@ -185,7 +185,9 @@ class QwenBlocks:
         lengths = (kwargs["cu_seqlens"][1:] - kwargs["cu_seqlens"][:-1]).tolist()
         parts = [t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)]
         out = [
-            F.scaled_dot_product_attention(a[None], b[None], c[None], attn_mask=own[None, None, None], scale=self.scale(block))
+            F.scaled_dot_product_attention(
+                a[None], b[None], c[None], attn_mask=own[None, None, None], scale=self.scale(block)
+            )
             for a, b, c, own in zip(*parts, bias.to(x.dtype).split(lengths), strict=True)
         ]
         return self.output(block, torch.cat(out, dim=2)[0].transpose(0, 1))

@@ -25,9 +25,7 @@ class LlavaLike(Adapter):
     def __init__(self, model: Any) -> None:
         base = model.model if hasattr(model, "lm_head") else model
         self.base, self.text = base, base.language_model
-        self.tower = huggingface_tower(
-            base.vision_tower, base.config.vision_feature_layer, base.multi_modal_projector
-        )
+        self.tower = huggingface_tower(base.vision_tower, base.config.vision_feature_layer, base.multi_modal_projector)
         self.tower.keeps_prefix = self.tower.prefix > 0 and base.config.vision_feature_select_strategy == "full"
 
     @property

@@ -78,7 +78,9 @@ class TimmViT(Adapter):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return any(base.__name__ == "VisionTransformer" and base.__module__.startswith("timm.") for base in type(model).__mro__)
+        return any(
+            base.__name__ == "VisionTransformer" and base.__module__.startswith("timm.") for base in type(model).__mro__
+        )
 
     def __init__(self, model: Any) -> None:
         if {type(block).__name__ for block in model.blocks} != {"Block"}:
@@ -110,7 +112,9 @@ class OpenClipViT(Adapter):
     def __init__(self, model: Any) -> None:
         visual = getattr(model, "visual", model)
         layers = list(visual.transformer.resblocks)
-        if {type(block).__name__ for block in layers} != {"ResidualAttentionBlock"} or not visual.transformer.batch_first:
+        if {type(block).__name__ for block in layers} != {
+            "ResidualAttentionBlock"
+        } or not visual.transformer.batch_first:
             raise VtokError(
                 "this open_clip tower uses custom or sequence-first blocks; vtok knows the plain batch-first "
                 "ResidualAttentionBlock. Build it with open_clip's defaults"

@@ -8,7 +8,6 @@ own un-permutation and splitting stay right.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,61 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import vtok_kernels as kernels
-from vtok.engine.dense import _received
+from vtok.engine.cells import CellState
+from vtok.engine.packed_fusing import PackedFusing
+from vtok.engine.rows import rotate
 from vtok.engine.spans import Encoded
-from vtok.engine.towers import Tower, Wrapped, distribute, host_sizes, merge_goal
+from vtok.engine.towers import Tower, Wrapped, distribute, host_sizes
 from vtok.errors import VtokError
 from vtok.protocol import Medium
 from vtok.view import Selection, Stage, TowerView
 
 
-@dataclass
-class CellState:
-    """Cells of one tower run, in processing order.
-
-    Attributes:
-        order: (M,) raster cell at each processing position; ``window``: (M,) its window.
-        starts: first processing position of every frame, and the end.
-        targets: cells that each frame must be left with. ``counts``: cells of each frame now, on the host.
-        cells: (m,) processing positions that stand, ascending.
-        sizes: (m,) original cells per standing cell, once merged. ``carry``: (m,) the method's running score.
-        dst: (M,) processing position that each cell was poured into, -1 where dropped.
-        place: (m, unit, 2) mean row and column of merged patches, fractional; ``None`` before any merge.
-        grid_places: (M, unit, 2) row and column of every patch at the start, where something merges.
-        tables: (cos, sin) of all patches. ``rotary``: those of the block that runs.
-    """
-
-    order: Tensor
-    window: Tensor
-    starts: list[int]
-    targets: list[int]
-    counts: list[int]
-    cells: Tensor
-    dst: Tensor
-    sizes: Tensor | None = None
-    carry: Tensor | None = None
-    place: Tensor | None = None
-    merged: bool = False
-    taps: dict[int, list[Tensor]] = field(default_factory=dict)
-    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    stages: list[tuple[int | None, Tensor]] = field(default_factory=list)
-    tables: tuple[Tensor, Tensor] | None = None
-    grid_places: Tensor | None = None
-
-    def frames(self) -> list[tuple[int, int, int]]:
-        """(first row, cells, target) of every frame in the current sequence of cells."""
-        rows, start = [], 0
-        for count, target in zip(self.counts, self.targets, strict=True):
-            rows.append((start, count, target))
-            start += count
-        return rows
-
-    def standing(self) -> Tensor:
-        """(M,) bool by processing position."""
-        return torch.zeros(len(self.order), dtype=torch.bool, device=self.cells.device).index_fill(0, self.cells, True)
-
-
-class PackedTower(Tower):
+class PackedTower(PackedFusing, Tower):
     """Runs the encoder stages of a session on a packed tower."""
 
     def __init__(self, session: Any) -> None:
@@ -173,12 +128,13 @@ class PackedTower(Tower):
         q = k = v = None
         layer = self.spec.layers[block]
         if block in state.taps:
-            from vtok.engine.rows import rotate
-
             projections = self.spec.blocks.split(layer, state.taps[block])
             q, k, v = (t[patches].transpose(1, 2) for t in projections)
             cos, sin = (table[patches] for table in state.rotary[block])
-            q, k = rotate(q.float(), cos.float(), sin.float()).to(q.dtype), rotate(k.float(), cos.float(), sin.float()).to(k.dtype)
+            q, k = (
+                rotate(q.float(), cos.float(), sin.float()).to(q.dtype),
+                rotate(k.float(), cos.float(), sin.float()).to(k.dtype),
+            )
         return TowerView(
             features=x[patches],
             tokens=state.cells[rows],
@@ -238,130 +194,6 @@ class PackedTower(Tower):
         lost = gone & ~state.standing()
         state.dst = torch.where(lost[state.dst.clamp_min(0)], -1, state.dst)
         return x[self._patches(index[None])[0]]
-
-    # -- merging ------------------------------------------------------------------------------------------------
-
-    def _fuse(self, stage: Stage, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state, fuse, number = self.state, stage.fuse, stage.layer or 0
-        if state is None or fuse is None:
-            return original(x, *args, **kwargs)
-        block, blocks = self.spec.layers[number], self.spec.blocks
-        if fuse.where == "middle":
-            x = x + blocks.attend(block, x, self._size_bias(fuse, state), kwargs)
-            x = self._merge(stage, number, x, state)
-            return x + blocks.feed(block, x)
-        projections = blocks.project(block, x)
-        state.taps[number] = [torch.cat([t.flatten(1) for t in projections], dim=1)]
-        x = self._merge(stage, number, x, state)
-        self._geometry(number, x, state, kwargs)
-        x = x + blocks.attend(block, x, self._size_bias(fuse, state), kwargs)
-        return x + blocks.feed(block, x)
-
-    def _size_bias(self, fuse: Any, state: CellState) -> Tensor | None:
-        if not (fuse.proportional and state.merged and state.sizes is not None):
-            return None
-        return state.sizes.log().repeat_interleave(self.spec.unit)
-
-    def _merge(self, stage: Stage, number: int, x: Tensor, state: CellState) -> Tensor:
-        """Merge inside every window (every frame where there are none), slot with slot."""
-        assert stage.fuse is not None
-        fuse, unit = stage.fuse, self.spec.unit
-        later = sum(1 for other in self.fusions if (other.layer or 0) >= number)
-        state.sizes = torch.ones(len(state.cells), device=x.device) if state.sizes is None else state.sizes
-        state.place = state.grid_places if state.place is None else state.place
-        lengths, goals = self._segments(state, later)
-        slot = torch.arange(len(state.cells), device=x.device)
-        weights = state.sizes.clone()
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        together: dict[tuple[int, int], list[int]] = {}
-        for segment, key in enumerate(zip(lengths, goals, strict=True)):
-            together.setdefault(key, []).append(segment)
-        keep = torch.ones(len(state.cells), dtype=torch.bool, device=x.device)
-        left = list(lengths)
-        for (length, goal), segments in together.items():
-            if goal >= length:
-                continue
-            rows = torch.tensor([starts[s] for s in segments], device=x.device)[:, None] + torch.arange(length, device=x.device)
-            view = self._fusion_view(number, x, state, rows, goal)
-            plan = fuse.match(view, length - goal)
-            if fuse.weights is not None:
-                weights[rows] = fuse.weights(view).to(weights.dtype)
-            representative = rows.gather(1, plan.representative)
-            slot[rows] = representative.gather(1, plan.dst)
-            mask = torch.zeros_like(rows, dtype=torch.bool).scatter(1, plan.representative, True)
-            keep[rows] = mask
-            for segment in segments:
-                left[segment] = plan.n_out
-        return self._pour(number, x, state, slot, weights, keep, lengths, left, unit)
-
-    def _pour(
-        self, number: int, x: Tensor, state: CellState, slot: Tensor, weights: Tensor, keep: Tensor,
-        lengths: list[int], left: list[int], unit: int,
-    ) -> Tensor:  # fmt: skip
-        """Apply one merge to tokens, sizes, places and the running map."""
-        count = sum(left)
-        index = kernels.topk(keep[None].float(), count)[0]
-        rank = keep.cumsum(0) - 1
-        plan = kernels.MergePlan(rank[slot][None], count)
-        cells = x.unflatten(0, (-1, unit)).flatten(1)
-        merged = plan.merge(cells[None], weights[None].to(cells.dtype))[0].unflatten(1, (unit, -1)).flatten(0, 1)
-        assert state.sizes is not None and state.place is not None
-        place = plan.merge(state.place.flatten(1)[None], state.sizes[None])[0].unflatten(1, (unit, 2))
-        sizes = plan.sum(state.sizes[None])[0]
-        target = torch.full_like(state.dst, -1)
-        target[state.cells] = state.cells[slot]
-        state.dst = torch.where(state.dst >= 0, target[state.dst.clamp_min(0)], -1)
-        frame_of = torch.repeat_interleave(torch.arange(len(state.counts)), torch.tensor(state.counts))
-        firsts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))])
-        counts = [0] * len(state.counts)
-        for frame, size in zip(frame_of[firsts].tolist(), left, strict=True):
-            counts[frame] += size
-        state.cells, state.sizes, state.place, state.counts = state.cells[index], sizes, place, counts
-        state.merged, state.carry = True, None
-        state.stages.append((number, state.standing()))
-        return merged
-
-    def _segments(self, state: CellState, later: int) -> tuple[list[int], list[int]]:
-        """Cells of every window (or frame) now, and how many each shall be left with by this merge."""
-        if self.spec.full_layers is None:
-            lengths = list(state.counts)
-            owners = [[i] for i in range(len(lengths))]
-        else:
-            lengths = torch.unique_consecutive(state.window[state.cells], return_counts=True)[1].tolist()
-            owners, start, number = [], 0, 0
-            for count in state.counts:
-                own, end = [], start + count
-                while start < end:
-                    own.append(number)
-                    start += lengths[number]
-                    number += 1
-                owners.append(own)
-        goals = list(lengths)
-        for frame, own in enumerate(owners):
-            goal = merge_goal(state.counts[frame], state.targets[frame], later, self.compat)
-            share = distribute(goal, [lengths[i] for i in own])
-            for segment, goal in zip(own, share, strict=True):
-                # bipartite matching can take at most half
-                goals[segment] = max(goal, lengths[segment] - lengths[segment] // 2)
-        return lengths, goals
-
-    def _fusion_view(self, number: int, x: Tensor, state: CellState, rows: Tensor, target: int) -> TowerView:
-        from vtok.engine.rows import rotate
-
-        patches = self._patches(rows)
-        layer = self.spec.layers[number]
-        view = self._view(number, x, state, rows, target, -1)
-        if number in state.taps:
-            # similarity is taken before the rotary embedding; attention after it
-            q, k, v = (t[patches].transpose(1, 2) for t in self.spec.blocks.split(layer, state.taps[number]))
-            cos, sin = (table[patches].float() for table in state.rotary[number])
-            bias = None if state.sizes is None else state.sizes[rows].log().repeat_interleave(self.spec.unit, 1)
-            turned = rotate(q.float(), cos, sin), rotate(k.float(), cos, sin)
-            view.received = view.per_cell(_received(*turned, view.scale, bias))
-            view.q, view.k, view.v = q, k, v
-        return view
 
     # -- the tower's end ----------------------------------------------------------------------------------------
 

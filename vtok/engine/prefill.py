@@ -94,7 +94,11 @@ class Prefill:
             self.segments.append(segment)
             self.cuts.extend(_tower_cuts(self.spans))
             self.groups.update(
-                {number: span.encoded.groups for number, span in enumerate(self.spans) if span.encoded.groups is not None}
+                {
+                    number: span.encoded.groups
+                    for number, span in enumerate(self.spans)
+                    if span.encoded.groups is not None
+                }
             )
         for stage, counts in self.input_stages:
             start = self.timer.begin(embeds.device)
@@ -233,7 +237,9 @@ class Prefill:
             previous=layers[stage.layer - 1].self_attn if stage.layer else None,  # type: ignore[arg-type]
             layer=layers[stage.layer or 0],
             hidden=hidden,
-            rotary=self._rotary(len(self.segments) - 1, given, hidden) if len(self.segments) - 1 > self._first else given,
+            rotary=self._rotary(len(self.segments) - 1, given, hidden)
+            if len(self.segments) - 1 > self._first
+            else given,
             reserved=self.query_rows,
         )
         kept, _ = self._choose(stage, hidden, segment, [counts.cuts[which] for counts in self.counts], source)

@@ -48,7 +48,9 @@ class Segment:
         return self.index.device
 
     @classmethod
-    def whole(cls, real: Tensor | None, batch: int, length: int, columns: Sequence[Tensor], device: torch.device) -> Segment:
+    def whole(
+        cls, real: Tensor | None, batch: int, length: int, columns: Sequence[Tensor], device: torch.device
+    ) -> Segment:
         """The untouched prompt. ``real`` (B, L) is False on padding."""
         index = torch.arange(length, device=device).expand(batch, length)
         lengths = [length] * batch if real is None else real.sum(1).tolist()
@@ -93,7 +95,9 @@ class Segment:
         columns, tokens = list(self.columns), list(self.tokens)
         for number in touched:
             chosen = kept[number]
-            standing = columns[number][chosen] if slots is None or slots[number] is None else columns[number][slots[number]]
+            standing = (
+                columns[number][chosen] if slots is None or slots[number] is None else columns[number][slots[number]]
+            )
             row = keep[samples[number]]
             row[columns[number]] = False
             row[standing] = True
@@ -131,7 +135,9 @@ class Segment:
     def kept(self) -> Tensor:
         """(B, L) bool: prompt columns that stand in this segment."""
         real = torch.ones_like(self.index, dtype=torch.bool) if self.mask is None else self.mask
-        return torch.zeros(self.index.shape[0], self.full, dtype=torch.bool, device=self.device).scatter(1, self.index, real)
+        return torch.zeros(self.index.shape[0], self.full, dtype=torch.bool, device=self.device).scatter(
+            1, self.index, real
+        )
 
     def spread(self, x: Tensor) -> Tensor:
         """(B, W, D) to (B, L, D): every prompt column gets its own row, a dropped one that of the last survivor before

@@ -95,7 +95,9 @@ class Session:
         for modality in self.adapter.modalities:
             name = f"get_{modality}_features"
             if not hasattr(base, name):
-                raise VtokError(f"{type(base).__name__} has no {name}; this version of transformers is not known to vtok")
+                raise VtokError(
+                    f"{type(base).__name__} has no {name}; this version of transformers is not known to vtok"
+                )
             self.wrapped.append(Wrapped(base, name, partial(self._encode, modality)))
         self.hook(base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         self.hook(base.register_forward_hook(self._after_base, with_kwargs=True, always_call=True))
@@ -280,9 +282,7 @@ class Session:
         inside = sum(1 for method in self.methods if method.site == "encoder")
         inputs = [(stage, [row[inside + i] for row in chain]) for i, stage in enumerate(self.input_stages)]
         counts = [fit(count, span) for count, span in zip(counts, spans, strict=True)]
-        run = Prefill(
-            self.adapter, spans, counts, inputs, self.decoder_stages, self.positions == "reindex", self.timer
-        )
+        run = Prefill(self.adapter, spans, counts, inputs, self.decoder_stages, self.positions == "reindex", self.timer)
         kwargs = run.enter(kwargs)
         if self.decoder_stages:
             kwargs = {**kwargs, RUN: run}
@@ -299,7 +299,9 @@ class Session:
             self._started = None
         if not isinstance(run, Prefill) or output is None:
             return None
-        cache = getattr(output, "past_key_values", None) if not isinstance(output, tuple) else kwargs.get("past_key_values")
+        cache = (
+            getattr(output, "past_key_values", None) if not isinstance(output, tuple) else kwargs.get("past_key_values")
+        )
         if cache is not None:
             setattr(cache, STATE, decode.CacheState.after(run))
         self.last = run

@@ -68,9 +68,7 @@ class Span:
         return self.encoded.medium.length
 
 
-def locate(
-    ids: Tensor, adapter: Adapter, encodings: Mapping[str, Encoding], real: Tensor | None = None
-) -> list[Span]:
+def locate(ids: Tensor, adapter: Adapter, encodings: Mapping[str, Encoding], real: Tensor | None = None) -> list[Span]:
     """Spans of a batch of prompts, in order of sample and place.
 
     One copy of ``ids`` to the host: the only synchronisation that a prefill with fixed budgets needs.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import vtok_kernels as kernels
 from vtok.engine.spans import Encoded
 from vtok.protocol import Medium
 
@@ -88,8 +89,6 @@ class Tower:
 
     def _cls_attention(self) -> Tensor:
         """(tiles, N) attention of the class token at the last block."""
-        import vtok_kernels as kernels
-
         block = self.spec.layers[-1]
         q, k, _ = self.spec.blocks.split(block, self.taps)
         rows = kernels.attention_rows(q[:, :, :1], k, scale=self.spec.blocks.scale(block))
@@ -140,3 +139,18 @@ def merge_goal(count: int, target: int, later: int, even: bool) -> int:
         return count
     goal = count - -(-(count - target) // later) if even else round(count * (target / count) ** (1 / later))
     return max(goal, target, count - count // 2)
+
+
+def softmax(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """The attention map that MCTF fuses: (B, H, N, N), fp32."""
+    logits = q.float() @ k.float().transpose(-1, -2) * scale
+    return (logits if bias is None else logits + bias.float()).softmax(-1)
+
+
+def received(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Attention that each token receives, blocked; a key bias travels in one more channel of q and k."""
+    if bias is not None:
+        ones = torch.full_like(q[..., :1], 1.0 / scale)
+        q = torch.cat((q, ones), -1)
+        k = torch.cat((k, bias[:, None, :, None].to(k.dtype).expand(-1, k.shape[1], -1, -1)), -1)
+    return kernels.received_attention(q, k, scale=scale)

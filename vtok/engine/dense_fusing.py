@@ -1,0 +1,132 @@
+"""Merging inside the blocks of a dense tower (ToMe, MCTF)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vtok_kernels as kernels
+from vtok.engine.tiles import TileState
+from vtok.engine.towers import merge_goal, softmax
+from vtok.errors import VtokError
+from vtok.view import Stage, TowerView
+
+
+class DenseFusing:
+    """The merging half of ``DenseTower``; everything it calls on ``self`` besides is there."""
+
+    session: Any
+    spec: Any
+    state: TileState | None
+    fusions: list[Stage]
+    compat: bool
+    _key_mask: Any
+    _view: Any
+
+    def _fuse(self, stage: Stage, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state, number, fuse = self.state, stage.layer or 0, stage.fuse
+        due = state is not None and any(c > t for c, t in zip(state.counts, state.targets, strict=True))
+        if state is None or fuse is None or not (due or state.merged):
+            return original(x, *args, **kwargs)
+        block, blocks = self.spec.layers[number], self.spec.blocks
+        if fuse.where == "middle":
+            x = x + blocks.attend(block, x, self._key_mask(state, x), kwargs)
+            x, _ = self._merge(stage, number, x, state, None)
+            return x + blocks.feed(block, x)
+        bias = self._key_mask(state, x)
+        q, k, v = blocks.project(block, x)
+        attention = softmax(q, k, blocks.scale(block), bias) if fuse.reuse_attention else None
+        state.taps[number] = [q, k, v] if attention is None else [q, k, v, attention]
+        x, attention = self._merge(stage, number, x, state, attention)
+        if attention is None:
+            x = x + blocks.attend(block, x, self._key_mask(state, x), kwargs)
+        else:
+            values = blocks.project(block, x)[2]
+            x = x + blocks.output(block, attention.to(values.dtype) @ values)
+        return x + blocks.feed(block, x)
+
+    def _merge(
+        self, stage: Stage, number: int, x: Tensor, state: TileState, attention: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Merge every group of tiles by its own plan; tiles that end up shorter are padded at the end."""
+        assert stage.fuse is not None
+        later = [other for other in self.fusions if (other.layer or 0) >= number]
+        prefix = self.spec.prefix
+        if state.sizes is None:
+            state.sizes = torch.ones(state.tokens.shape, device=x.device)
+        parts: dict[int, tuple] = {}
+        for count, target, rows in state.groups():
+            r = count - merge_goal(count, target, len(later), self.compat)
+            view = self._fusion_view(number, x, state, count, target, rows)
+            plan = stage.fuse.match(view, max(0, r))
+            if len(later) == 1 and plan.n_out - prefix > target:
+                least = -(-state.total // 2 ** len(self.fusions))
+                raise VtokError(
+                    f"{self.session.name} merges in {len(self.fusions)} blocks, each at most halving, so it cannot leave "
+                    f"{target} of {state.total} tokens of a tile; ask for at least {least}, or give it more layers="
+                )
+            sizes = torch.cat((torch.ones(len(rows), prefix, device=x.device), state.sizes[rows][:, :count]), 1)
+            weights = sizes if stage.fuse.weights is None else stage.fuse.weights(view)
+            merged = plan.merge(view.features, weights.to(view.features.dtype))
+            fused = None
+            if attention is not None:
+                own = attention[rows][:, :, : prefix + count, : prefix + count]
+                fused = kernels.merge_attention(plan, own, weights)
+            parts[rows[0]] = (rows, plan, merged, plan.sum(sizes), fused)
+        return self._rebuild(number, x, state, parts, attention)
+
+    def _rebuild(
+        self, number: int, x: Tensor, state: TileState, parts: dict[int, tuple], attention: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        prefix = self.spec.prefix
+        width = max(plan.n_out for _, plan, *_ in parts.values())
+        tiles = len(state.counts)
+        out = x.new_zeros(tiles, width, x.shape[2])
+        sizes = torch.ones(tiles, width, device=x.device)
+        tokens = torch.zeros(tiles, width - prefix, dtype=torch.long, device=x.device)
+        dst, counts = state.dst.clone(), list(state.counts)
+        maps = None if attention is None else attention.new_zeros(*attention.shape[:2], width, width)
+        for rows, plan, merged, size, fused in parts.values():
+            out[rows, : plan.n_out], sizes[rows, : plan.n_out] = merged, size.to(sizes.dtype)
+            if maps is not None:
+                maps[rows, :, : plan.n_out, : plan.n_out] = fused
+            keeper = plan.representative[:, prefix:] - prefix
+            own = state.tokens[rows]
+            tokens[rows, : plan.n_out - prefix] = own.gather(1, keeper)
+            # where each patch of the start lies now: through its current representative's slot
+            slot = torch.zeros(len(rows), state.total, dtype=torch.long, device=x.device)
+            count = counts[rows[0]]
+            slot = slot.scatter(1, own[:, :count], plan.dst[:, prefix : prefix + count] - prefix)
+            before = dst[rows]
+            after = tokens[rows].gather(1, slot.gather(1, before.clamp_min(0)))
+            dst[rows] = torch.where(before >= 0, after, -1)
+            for row in rows:
+                counts[row] = plan.n_out - prefix
+        state.counts, state.tokens, state.sizes, state.dst = counts, tokens, sizes[:, prefix:], dst
+        state.merged, state.carry = True, None
+        state.stages.append((number, state.kept()))
+        return out, maps
+
+    def _fusion_view(
+        self, number: int, x: Tensor, state: TileState, count: int, target: int, rows: list[int]
+    ) -> TowerView:
+        """A view that includes the prefix tokens: matching alternates over the whole sequence, as published."""
+        taps = state.taps.get(number, [])
+        received = None
+        if len(taps) >= 3 and taps[0].ndim == 4:
+            q, k, v = (tap[rows][:, :, : self.spec.prefix + count] for tap in taps[:3])
+            bias = self._key_mask(state, x)
+            if len(taps) == 4:
+                own = taps[3][rows][:, :, : self.spec.prefix + count, : self.spec.prefix + count]
+                received = own.mean((1, 2))
+            else:
+                own_bias = None if bias is None else bias[rows][:, 0, 0, : self.spec.prefix + count]
+                received = received(q, k, self.spec.blocks.scale(self.spec.layers[number]), own_bias)
+            view = self._view(number, x, state, count, target, rows, prefix=True, block=-1)
+            view.q, view.k, view.v = q, k, v
+        else:
+            view = self._view(number, x, state, count, target, rows, prefix=True, block=number)
+        view.received = received
+        return view

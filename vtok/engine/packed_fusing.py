@@ -1,0 +1,148 @@
+"""Merging whole cells inside a packed tower, slot with slot, with fractional places for the rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vtok_kernels as kernels
+from vtok.engine.cells import CellState
+from vtok.engine.rows import rotate
+from vtok.engine.towers import distribute, merge_goal, received
+from vtok.view import Stage, TowerView
+
+
+class PackedFusing:
+    """The merging half of ``PackedTower``; everything it calls on ``self`` besides is there."""
+
+    spec: Any
+    state: CellState | None
+    fusions: list[Stage]
+    compat: bool
+    _geometry: Any
+    _patches: Any
+    _view: Any
+
+    def _fuse(self, stage: Stage, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state, fuse, number = self.state, stage.fuse, stage.layer or 0
+        if state is None or fuse is None:
+            return original(x, *args, **kwargs)
+        block, blocks = self.spec.layers[number], self.spec.blocks
+        if fuse.where == "middle":
+            x = x + blocks.attend(block, x, self._size_bias(fuse, state), kwargs)
+            x = self._merge(stage, number, x, state)
+            return x + blocks.feed(block, x)
+        projections = blocks.project(block, x)
+        state.taps[number] = [torch.cat([t.flatten(1) for t in projections], dim=1)]
+        x = self._merge(stage, number, x, state)
+        self._geometry(number, x, state, kwargs)
+        x = x + blocks.attend(block, x, self._size_bias(fuse, state), kwargs)
+        return x + blocks.feed(block, x)
+
+    def _size_bias(self, fuse: Any, state: CellState) -> Tensor | None:
+        if not (fuse.proportional and state.merged and state.sizes is not None):
+            return None
+        return state.sizes.log().repeat_interleave(self.spec.unit)
+
+    def _merge(self, stage: Stage, number: int, x: Tensor, state: CellState) -> Tensor:
+        """Merge inside every window (every frame where there are none), slot with slot."""
+        assert stage.fuse is not None
+        fuse, unit = stage.fuse, self.spec.unit
+        later = sum(1 for other in self.fusions if (other.layer or 0) >= number)
+        state.sizes = torch.ones(len(state.cells), device=x.device) if state.sizes is None else state.sizes
+        state.place = state.grid_places if state.place is None else state.place
+        lengths, goals = self._segments(state, later)
+        slot = torch.arange(len(state.cells), device=x.device)
+        weights = state.sizes.clone()
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        together: dict[tuple[int, int], list[int]] = {}
+        for segment, key in enumerate(zip(lengths, goals, strict=True)):
+            together.setdefault(key, []).append(segment)
+        keep = torch.ones(len(state.cells), dtype=torch.bool, device=x.device)
+        left = list(lengths)
+        for (length, goal), segments in together.items():
+            if goal >= length:
+                continue
+            rows = torch.tensor([starts[s] for s in segments], device=x.device)[:, None] + torch.arange(
+                length, device=x.device
+            )
+            view = self._fusion_view(number, x, state, rows, goal)
+            plan = fuse.match(view, length - goal)
+            if fuse.weights is not None:
+                weights[rows] = fuse.weights(view).to(weights.dtype)
+            representative = rows.gather(1, plan.representative)
+            slot[rows] = representative.gather(1, plan.dst)
+            mask = torch.zeros_like(rows, dtype=torch.bool).scatter(1, plan.representative, True)
+            keep[rows] = mask
+            for segment in segments:
+                left[segment] = plan.n_out
+        return self._pour(number, x, state, slot, weights, keep, lengths, left, unit)
+
+    def _pour(
+        self, number: int, x: Tensor, state: CellState, slot: Tensor, weights: Tensor, keep: Tensor,
+        lengths: list[int], left: list[int], unit: int,
+    ) -> Tensor:  # fmt: skip
+        """Apply one merge to tokens, sizes, places and the running map."""
+        count = sum(left)
+        index = kernels.topk(keep[None].float(), count)[0]
+        rank = keep.cumsum(0) - 1
+        plan = kernels.MergePlan(rank[slot][None], count)
+        cells = x.unflatten(0, (-1, unit)).flatten(1)
+        merged = plan.merge(cells[None], weights[None].to(cells.dtype))[0].unflatten(1, (unit, -1)).flatten(0, 1)
+        assert state.sizes is not None and state.place is not None
+        place = plan.merge(state.place.flatten(1)[None], state.sizes[None])[0].unflatten(1, (unit, 2))
+        sizes = plan.sum(state.sizes[None])[0]
+        target = torch.full_like(state.dst, -1)
+        target[state.cells] = state.cells[slot]
+        state.dst = torch.where(state.dst >= 0, target[state.dst.clamp_min(0)], -1)
+        frame_of = torch.repeat_interleave(torch.arange(len(state.counts)), torch.tensor(state.counts))
+        firsts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))])
+        counts = [0] * len(state.counts)
+        for frame, size in zip(frame_of[firsts].tolist(), left, strict=True):
+            counts[frame] += size
+        state.cells, state.sizes, state.place, state.counts = state.cells[index], sizes, place, counts
+        state.merged, state.carry = True, None
+        state.stages.append((number, state.standing()))
+        return merged
+
+    def _segments(self, state: CellState, later: int) -> tuple[list[int], list[int]]:
+        """Cells of every window (or frame) now, and how many each shall be left with by this merge."""
+        if self.spec.full_layers is None:
+            lengths = list(state.counts)
+            owners = [[i] for i in range(len(lengths))]
+        else:
+            lengths = torch.unique_consecutive(state.window[state.cells], return_counts=True)[1].tolist()
+            owners, start, number = [], 0, 0
+            for count in state.counts:
+                own, end = [], start + count
+                while start < end:
+                    own.append(number)
+                    start += lengths[number]
+                    number += 1
+                owners.append(own)
+        goals = list(lengths)
+        for frame, own in enumerate(owners):
+            goal = merge_goal(state.counts[frame], state.targets[frame], later, self.compat)
+            share = distribute(goal, [lengths[i] for i in own])
+            for segment, goal in zip(own, share, strict=True):
+                # bipartite matching can take at most half
+                goals[segment] = max(goal, lengths[segment] - lengths[segment] // 2)
+        return lengths, goals
+
+    def _fusion_view(self, number: int, x: Tensor, state: CellState, rows: Tensor, target: int) -> TowerView:
+        patches = self._patches(rows)
+        layer = self.spec.layers[number]
+        view = self._view(number, x, state, rows, target, -1)
+        if number in state.taps:
+            # similarity is taken before the rotary embedding; attention after it
+            q, k, v = (t[patches].transpose(1, 2) for t in self.spec.blocks.split(layer, state.taps[number]))
+            cos, sin = (table[patches].float() for table in state.rotary[number])
+            bias = None if state.sizes is None else state.sizes[rows].log().repeat_interleave(self.spec.unit, 1)
+            turned = rotate(q.float(), cos, sin), rotate(k.float(), cos, sin)
+            view.received = view.per_cell(received(*turned, view.scale, bias))
+            view.q, view.k, view.v = q, k, v
+        return view
