@@ -17,9 +17,11 @@ from vtok.api import (
 )
 from vtok.errors import VtokError
 from vtok.information import Information, calibrate, information
+from vtok.io import load, save
 from vtok.method import Method, get, register
 from vtok.protocol import Adapter
 from vtok.report import Report
+from vtok.show import show
 from vtok.view import DecoderView, Fusion, Selection, Shape, Stage, TowerView, View
 
 __version__ = "0.1.0"
@@ -45,9 +47,12 @@ __all__ = [
     "families",
     "get",
     "information",
+    "load",
     "methods",
     "register",
     "register_adapter",
     "report",
     "restore",
+    "save",
+    "show",
 ]

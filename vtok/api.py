@@ -54,8 +54,8 @@ def adapter_of(model: nn.Module) -> Adapter:
         if cls.matches(model):
             return cls(model)
     raise VtokError(
-        f"{type(model).__name__} belongs to no family vtok knows ({', '.join(families())}); pass the model itself, not a "
-        "wrapper or pipeline, or write an adapter in six steps, see CONTRIBUTING"
+        f"{type(model).__name__} belongs to no family vtok knows ({', '.join(families())}); pass the model itself, not "
+        "a wrapper or pipeline, or write an adapter in six steps, see CONTRIBUTING"
     )
 
 
@@ -111,6 +111,7 @@ def compress(
     _check_text(adapter)
     chain = tuple(item.prepare(model) for item in chain)
     session = Session(model, adapter, chain, budget_, policy)
+    session.check_budget()
     previous = model.__dict__.get(SESSION)
     if previous is not None:
         logger.info("vtok: %s replaces %s on this model", session.name, previous.name)
@@ -147,8 +148,8 @@ def _positions(positions: str, chain: Sequence[Method], adapter: Adapter) -> str
         return wanted if wanted in adapter.positions else "keep"
     if positions not in adapter.positions:
         raise VtokError(
-            f"positions={positions!r} makes no sense on {adapter.family}: its rotary positions are rows and columns of the "
-            'picture; use positions="keep"'
+            f"positions={positions!r} makes no sense on {adapter.family}: its rotary positions are rows and columns of "
+            'the picture; use positions="keep"'
         )
     return positions
 
@@ -162,8 +163,8 @@ def _check_text(adapter: Adapter) -> None:
     sliding = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
     if sliding and getattr(config, "use_sliding_window", True):
         raise VtokError(
-            f"this decoder uses sliding-window attention (window {config.sliding_window}), which vtok does not support yet; "
-            "set sliding_window=None in its text config if your prompts are shorter than the window"
+            f"this decoder uses sliding-window attention (window {config.sliding_window}), which vtok does not support "
+            "yet; set sliding_window=None in its text config if your prompts are shorter than the window"
         )
 
 
@@ -178,7 +179,7 @@ def _warn_on_save(model: nn.Module, session: Session) -> None:
 
 
 def _save_plain(original: Any, *args: Any, **kwargs: Any) -> Any:
-    logger.warning("vtok: save_pretrained saves the plain weights; use vtok.save(model, folder) to keep the settings too")
+    logger.warning("vtok: save_pretrained saves the plain weights; vtok.save(model, folder) keeps the settings too")
     return original(*args, **kwargs)
 
 
@@ -198,7 +199,7 @@ def session_of(model: nn.Module) -> Session:
     """
     session = model.__dict__.get(SESSION)
     if session is None:
-        raise VtokError("this model is not compressed; call vtok.compress(model, \"divprune\", keep=64) first")
+        raise VtokError('this model is not compressed; call vtok.compress(model, "divprune", keep=64) first')
     return session
 
 
@@ -239,10 +240,9 @@ def report(model: nn.Module) -> Report:
         if tower is not None:
             return tower
         raise VtokError("nothing has run through this model since vtok.compress; run a forward or generate first")
+    batch = session.last_text[0] if session.last_text is not None else 0
     if session.last is not None:
         batch = session.last.segments[0].index.shape[0]
-    else:
-        batch = session.last_text[0]  # type: ignore[index]
     text: Any = session.adapter.text
     return reports.of_prefill(
         session.last, batch, session.name, float(session.keep), session.adapter.family, text.config, session.depth

@@ -22,7 +22,7 @@ def check_keep(keep: int | float | None) -> int | float:
     if isinstance(keep, int) and keep < 1:
         raise VtokError(f"keep={keep} would leave no visual token; give at least 1, or a share in (0, 1]")
     if isinstance(keep, float) and not 0.0 < keep <= 1.0:
-        raise VtokError(f"keep={keep} is not a share in (0, 1]; for a number of tokens give an int, such as {int(keep) or 1}")
+        raise VtokError(f"keep={keep} is not a share in (0, 1]; for a number of tokens give an int, such as keep=64")
     return keep
 
 
@@ -135,7 +135,7 @@ def unreachable(name: str, tokens: int, depth: int, profile: Profile) -> str:
     """The refusal of a budget below what a late-cutting method can reach."""
     least = smallest(tokens, depth, profile)
     return (
-        f"{name or 'this method'} first cuts before decoder layer {profile.layers[0]} of {depth}, so on {tokens} visual "
-        f"tokens its layer average cannot go below {least}; ask for keep>={least} (or {least / tokens:.2f}), "
+        f"{name or 'this method'} first cuts before decoder layer {profile.layers[0]} of {depth}, so on {tokens} "
+        f"visual tokens its layer average cannot go below {least}; ask for keep>={least} (or {least / tokens:.2f}), "
         f"or put a first stage before it, for example [\"divprune\", \"{name or 'fastv'}\"]"
     )

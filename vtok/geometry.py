@@ -118,21 +118,22 @@ def _words(config: Any, adapter: Any, count: int, seed: int) -> list[int]:
 
 def _processor(family: str, config: Any) -> Any:
     """The family's image processor with the sizes of this model's config."""
+    library: Any = transformers
     vision = config.vision_config
     if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         sizes = {key: getattr(vision, key) for key in ("patch_size", "temporal_patch_size")}
         statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if family == "qwen3_vl" else {}
-        return transformers.Qwen2VLImageProcessor(**sizes, merge_size=vision.spatial_merge_size, **statistics)
+        return library.Qwen2VLImageProcessor(**sizes, merge_size=vision.spatial_merge_size, **statistics)
     side = int(vision.image_size)
     square = {"height": side, "width": side}
     if family == "llava_next":
         edges = {"size": {"shortest_edge": side}, "crop_size": square}
-        return transformers.LlavaNextImageProcessor(**edges, image_grid_pinpoints=config.image_grid_pinpoints)
+        return library.LlavaNextImageProcessor(**edges, image_grid_pinpoints=config.image_grid_pinpoints)
     if family == "llava_onevision":
-        return transformers.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=config.image_grid_pinpoints)
+        return library.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=config.image_grid_pinpoints)
     if "siglip" in vision.model_type:
-        return transformers.SiglipImageProcessor(size=square)
-    return transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square)
+        return library.SiglipImageProcessor(size=square)
+    return library.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square)
 
 
 def _without_init() -> AbstractContextManager:

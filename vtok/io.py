@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, **kw: Any) -> An
         raise VtokError(f"{', '.join(kw)} go to from_pretrained, but a model was given; leave one of them out")
     family = adapter_of(model).family
     if family != config.get("family", family):
-        logger.warning("vtok: the settings in %s were saved for %s, this model is a %s", folder, config["family"], family)
+        logger.warning("vtok: the settings in %s are of a %s, this is a %s", folder, config["family"], family)
     return compress(model, methods, keep=config["keep"], positions=config["positions"])
 
 
@@ -136,8 +137,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise VtokError(f"{path} is no vtok config: it names no format; save the model again with vtok.save")
     if config["format"] > FORMAT:
         raise VtokError(
-            f"{path} has format {config['format']}, written by vtok {config.get('vtok', 'of a later version')}; this is "
-            f"vtok {_version()}, which reads up to format {FORMAT}: upgrade vtok"
+            f"{path} has format {config['format']}, written by vtok {config.get('vtok', 'of a later version')}; this "
+            f"vtok {_version()} reads up to format {FORMAT}: upgrade vtok"
         )
     missing = [key for key in ("methods", "keep", "positions") if key not in config]
     if missing:
@@ -171,8 +172,8 @@ def _written(method: Method) -> dict[str, Any]:
     if registry().get(name) is not type(method):
         cls = type(method).__name__
         raise VtokError(
-            f'{cls} is not registered, so a saved model could not find it again; put @vtok.register("{cls.lower()}") on '
-            "the class"
+            f"{cls} is not registered, so a saved model could not find it again; put "
+            f'@vtok.register("{cls.lower()}") on the class'
         )
     options = method.options()
     for option, value in options.items():
@@ -182,7 +183,7 @@ def _written(method: Method) -> dict[str, Any]:
             same = False
         if not same:
             raise VtokError(
-                f"option {option}={value!r} of {name} cannot be written as JSON; use numbers, strings, tuples or None"
+                f"option {option}={reprlib.repr(value)} of {name} cannot be written as JSON; use numbers, strings, tuples or None"
             )
     return {"name": name, "options": options}
 

@@ -36,7 +36,7 @@ class Method:
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     site: ClassVar[str] = "input"
-    layer: ClassVar[int | None] = None
+    layer = None
     reads: ClassVar[frozenset[str]] = frozenset()
     positions: ClassVar[str] = "keep"
     newlines: ClassVar[str] = "drop"
@@ -171,7 +171,7 @@ def resolve(method: str | Method | Sequence[str | Method], options: Mapping[str,
         if options:
             raise VtokError(
                 f"options {', '.join(options)} beside a list of methods are ambiguous; "
-                "give them to one method: [\"divprune\", vtok.get(\"random_deep\", layer=20)]"
+                'give them to one method: ["divprune", vtok.get("random_deep", layer=20)]'
             )
     else:
         raise VtokError(f"{method!r} is no method; give a name, a vtok.Method or a list of them")
@@ -194,4 +194,5 @@ def _replace(method: Method, options: Mapping[str, Any]) -> Method:
     try:
         return dataclasses.replace(method, **options)
     except TypeError as error:
-        raise VtokError(f"{method.name or type(method).__name__}: {error}; see its options with vtok.methods()") from error
+        name = method.name or type(method).__name__
+        raise VtokError(f"{name}: {error}; its options are the fields of its class") from error

@@ -103,7 +103,7 @@ class Tower:
 
     root: nn.Module
     layers: Sequence[nn.Module]
-    blocks: Blocks
+    blocks: Any  # Blocks; packed ones have no with_mask
     prefix: int = 0
     has_cls: bool = False
     feature_layer: int = -1
@@ -135,8 +135,8 @@ class Adapter(ABC):
     positions: ClassVar[frozenset[str]] = frozenset({"keep", "reindex"})
     modalities: ClassVar[tuple[str, ...]] = ("image",)
 
-    base: nn.Module | None = None
-    text: nn.Module | None = None
+    base: Any = None
+    text: Any = None
     tower: Tower
 
     @classmethod
@@ -157,13 +157,17 @@ class Adapter(ABC):
         """Carry per-tower-token ``values`` (tiles, N, C) through the family's packing: one (length, C) per medium."""
         return [values[medium.tiles].flatten(0, 1) for medium in media]
 
+    def windows(self, grid: Tensor) -> tuple[Tensor, list[int]] | None:
+        """Packed towers: processing order of the cells and window lengths in cells, where cells are permuted."""
+        return None
+
     def tile_length(self, modality: str) -> int:
         """Patches of one tile of a dense tower."""
         raise NotImplementedError
 
     def placeholder(self, modality: str) -> int:
         """Token id of the modality's placeholder."""
-        return int(getattr(self.base.config, f"{modality}_token_id"))  # type: ignore[union-attr, arg-type]
+        return int(getattr(self.base.config, f"{modality}_token_id"))
 
     def decode_positions(self, start: int, batch: int, length: int, device: Any) -> Tensor | None:
         """Position ids of ``length`` new tokens after ``start`` prompt tokens, where the caller gave none."""

@@ -92,7 +92,9 @@ class Report:
         }
 
 
-def of_prefill(run: Prefill | None, batch: int, method: str, keep: float, family: str, config: Any, depth: int) -> Report:
+def of_prefill(
+    run: Prefill | None, batch: int, method: str, keep: float, family: str, config: Any, depth: int
+) -> Report:
     """Build the report of a prefill; ``None``: a text-only one of ``batch`` samples."""
     if run is None:
         empty: list[list[Any]] = [[] for _ in range(batch)]
@@ -158,7 +160,8 @@ def macs(tokens: int, config: Any) -> float:
     width = getattr(config, "head_dim", None) or d // config.num_attention_heads
     queries = config.num_attention_heads * width
     keys = config.num_key_value_heads * width
-    return tokens * (2 * d * queries + 2 * d * keys) + 2 * tokens**2 * queries + 3 * tokens * d * config.intermediate_size
+    projections, feed = 2 * d * queries + 2 * d * keys, 3 * d * config.intermediate_size
+    return tokens * (projections + feed) + 2 * tokens**2 * queries
 
 
 def _groups(dst: Tensor | None, standing: Tensor) -> list[list[int]] | None:

@@ -244,7 +244,7 @@ def _colour(number: int) -> RGB:
 
 
 def _borders(canvas: Image.Image, panel: Panel, kept: set[int], owner: Mapping[int, int], standing: set[int]) -> None:
-    """A thin line around every kept cell, clearer along the rim of a kept area, and one along the rim of every group."""
+    """A faint line around every kept cell, a clear one along the rim of kept areas and of groups."""
     width, height = panel.cell
     lines = Image.new("L", canvas.size, 0)
     pen, marks = ImageDraw.Draw(lines), ImageDraw.Draw(canvas)

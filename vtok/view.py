@@ -190,8 +190,8 @@ class Stage:
         reads: what the engine must record: ``"qkv"``, ``"attention"``, ``"transition"``, ``"saliency"``.
         share: decoder only: tokens left relative to what entered the decoder.
         floor: fewest tokens the stage may leave.
-        observed: layers whose transitions are accumulated (decoder) or whose projections ``observe`` sees (tower; empty:
-            all before the cut).
+        observed: layers whose transitions are accumulated (decoder) or whose projections ``observe`` sees (tower;
+            empty: all before the cut).
     """
 
     site: str

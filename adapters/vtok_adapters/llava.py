@@ -31,8 +31,8 @@ class LlavaLike(Adapter):
     @property
     def side(self) -> int:
         """Patches along one side of a tile."""
-        config = self.base.config.vision_config  # type: ignore[union-attr]
-        return int(config.image_size) // int(config.patch_size)  # type: ignore[union-attr, arg-type]
+        config = self.base.config.vision_config
+        return int(config.image_size) // int(config.patch_size)
 
     def tile_length(self, modality: str) -> int:
         return self.side**2

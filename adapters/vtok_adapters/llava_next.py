@@ -38,7 +38,7 @@ class LlavaNext(LlavaLike):
         return media
 
     def _tiles(self, call: Mapping[str, Any]) -> list[int]:
-        config: Any = self.base.config  # type: ignore[union-attr]
+        config: Any = self.base.config
         return [
             image_size_to_num_patches(
                 image_size=size, grid_pinpoints=config.image_grid_pinpoints, patch_size=config.vision_config.image_size
@@ -48,7 +48,7 @@ class LlavaNext(LlavaLike):
 
     def _canvas(self, size: Any) -> tuple[int, int]:
         """Height and width of the unpadded grid, in patches: by the model's own unpadding of a blank canvas."""
-        config: Any = self.base.config  # type: ignore[union-attr]
+        config: Any = self.base.config
         rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
         blank = unpad_image(torch.empty(1, rows * self.side, columns * self.side), size)
         return blank.shape[1], blank.shape[2]

@@ -41,7 +41,7 @@ class LlavaOnevision(LlavaNext):
         return [Medium("video", parts, slice(i * frames, (i + 1) * frames), interpolated=True) for i in range(videos)]
 
     def _aspect(self, call: Mapping[str, Any]) -> str:
-        return call.get("vision_aspect_ratio") or self.base.config.vision_aspect_ratio  # type: ignore[union-attr, return-value]
+        return call.get("vision_aspect_ratio") or self.base.config.vision_aspect_ratio
 
     def _most_tiles(self, call: Mapping[str, Any]) -> int:
         return int(self._aspect(call).removeprefix("anyres_max_"))

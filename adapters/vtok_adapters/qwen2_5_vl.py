@@ -20,10 +20,10 @@ class Qwen2_5VL(Qwen2VL):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.tower.full_layers = frozenset(self.base.visual.fullatt_block_indexes)  # type: ignore[union-attr, arg-type]
+        self.tower.full_layers = frozenset(self.base.visual.fullatt_block_indexes)
 
     def windows(self, grid: Tensor) -> tuple[Tensor, list[int]]:
-        visual: Any = self.base.visual  # type: ignore[union-attr]
+        visual: Any = self.base.visual
         if hasattr(library, "get_vision_window_index"):
             order, ends = library.get_vision_window_index(
                 grid,

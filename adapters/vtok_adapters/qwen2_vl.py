@@ -43,13 +43,13 @@ class Qwen2VL(Adapter):
         """Modules that turn the packed sequence into one row per cell."""
         return (visual.merger,)
 
-    def media(self, modality: str, call: Mapping[str, Any]) -> Sequence[Medium]:
-        side = self.base.visual.spatial_merge_size  # type: ignore[union-attr]
+    def media(self, modality: Any, call: Mapping[str, Any]) -> Sequence[Medium]:
+        side = self.base.visual.spatial_merge_size
         media, start = [], 0
         for frames, height, width in torch.as_tensor(call[f"{modality}_grid_thw"]).tolist():
-            part = Part(height // side, width // side)  # type: ignore[operator]
+            part = Part(height // side, width // side)
             cells = frames * part.length
-            media.append(Medium(modality, (part,) * frames, slice(start, start + cells)))  # type: ignore[arg-type]
+            media.append(Medium(modality, (part,) * frames, slice(start, start + cells)))
             start += cells
         return media
 
@@ -59,7 +59,7 @@ class Qwen2VL(Adapter):
 
     def decode_positions(self, start: int, batch: int, length: int, device: Any) -> Tensor | None:
         positions = torch.arange(start, start + length, device=device).expand(batch, length)
-        delta = self.base.rope_deltas  # type: ignore[union-attr]
+        delta = self.base.rope_deltas
         if delta is not None:
-            positions = positions + delta.to(device).repeat_interleave(batch // delta.shape[0], 0)  # type: ignore[operator, union-attr]
+            positions = positions + delta.to(device).repeat_interleave(batch // delta.shape[0], 0)
         return positions.expand(3, batch, length)

@@ -14,7 +14,6 @@ class CellState:
 
     Attributes:
         order: (M,) raster cell at each processing position; ``window``: (M,) its window.
-        starts: first processing position of every frame, and the end.
         targets: cells that each frame must be left with. ``counts``: cells of each frame now, on the host.
         cells: (m,) processing positions that stand, ascending.
         sizes: (m,) original cells per standing cell, once merged. ``carry``: (m,) the method's running score.
@@ -26,7 +25,6 @@ class CellState:
 
     order: Tensor
     window: Tensor
-    starts: list[int]
     targets: list[int]
     counts: list[int]
     cells: Tensor

@@ -83,7 +83,7 @@ class Decode:
         else:
             if held.layer not in self.masks:
                 self.masks[held.layer] = create_causal_mask(
-                    config=self.adapter.text.config,  # type: ignore[union-attr, arg-type]
+                    config=self.adapter.text.config,
                     inputs_embeds=hidden,
                     attention_mask=joined(held, self.tail, hidden, self.cache, number),
                     past_key_values=self.cache,
@@ -93,7 +93,7 @@ class Decode:
         if self.state.reindex and self.positions is not None:
             if held.layer not in self.rotary:
                 ids = self.positions + self.state.first.dropped - held.dropped
-                self.rotary[held.layer] = self.adapter.text.rotary_emb(hidden, position_ids=ids)  # type: ignore[union-attr, operator]
+                self.rotary[held.layer] = self.adapter.text.rotary_emb(hidden, position_ids=ids)
             kwargs["position_embeddings"] = self.rotary[held.layer]
         return hidden
 

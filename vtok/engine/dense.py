@@ -32,6 +32,7 @@ class DenseTower(DenseFusing, DenseOutput, Tower):
         self.final = [stage for stage in stages if stage.select is not None and stage.layer is None]
         self.fusions = [stage for stage in stages if stage.fuse is not None]
         self.observe = next((stage.observe for stage in stages if stage.observe is not None), None)
+        self.last_cut = max((stage.layer or 0 for stage in self.cuts), default=-1)
         self.first = min((stage.layer for stage in stages if stage.layer is not None), default=None)
         self.state: TileState | None = None
         self.pending: tuple[list[int], Tensor | None] | None = None
@@ -45,8 +46,7 @@ class DenseTower(DenseFusing, DenseOutput, Tower):
         spec, hook = self.spec, self.session.hook
         hook(spec.root.register_forward_pre_hook(self._begin, with_kwargs=True))
         hook(spec.root.register_forward_hook(self._end, always_call=True))
-        last_cut = max((stage.layer or 0 for stage in self.cuts), default=-1)
-        watched = set(self.observed(last_cut)) if self.observe is not None else set()
+        watched = set(self.observed(self.last_cut)) if self.observe is not None else set()
         watched |= {(stage.layer or 0) - 1 for stage in self.cuts if "qkv" in stage.reads}
         watched |= {spec.feature_layer for stage in self.final if "qkv" in stage.reads}
         watched |= {stage.layer or 0 for stage in self.fusions if "qkv" in stage.reads}
@@ -128,16 +128,9 @@ class DenseTower(DenseFusing, DenseOutput, Tower):
     def _before_block(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         x = args[0]
         state = self._start(x)
-        if state is None or number > self.spec.feature_layer + 1:
-            if state is None or not (state.ragged or state.merged):
-                return None
-        assert state is not None
-        if (
-            number
-            and self.observe is not None
-            and number - 1 in state.taps
-            and number <= max(s.layer or 0 for s in self.cuts)
-        ):
+        if state is None or (number > self.spec.feature_layer + 1 and not (state.ragged or state.merged)):
+            return None
+        if self.observe is not None and number - 1 in state.taps and number <= self.last_cut:
             self._observe(number, x, state)
         for stage in self.cuts:
             if stage.layer == number:
@@ -149,7 +142,7 @@ class DenseTower(DenseFusing, DenseOutput, Tower):
         mask = self._key_mask(state, x)
         if x is args[0] and mask is None:
             return None
-        return self.spec.blocks.with_mask(x, mask, args, kwargs)  # type: ignore[attr-defined]
+        return self.spec.blocks.with_mask(x, mask, args, kwargs)
 
     def _observe(self, number: int, x: Tensor, state: TileState) -> None:
         """Let the method see block ``number - 1``; tiles that have reached their target are not scored any more."""

@@ -64,8 +64,9 @@ class DenseFusing:
             if len(later) == 1 and plan.n_out - prefix > target:
                 least = -(-state.total // 2 ** len(self.fusions))
                 raise VtokError(
-                    f"{self.session.name} merges in {len(self.fusions)} blocks, each at most halving, so it cannot leave "
-                    f"{target} of {state.total} tokens of a tile; ask for at least {least}, or give it more layers="
+                    f"{self.session.name} merges in {len(self.fusions)} blocks, each at most halving, so it cannot "
+                    f"leave {target} of {state.total} tokens of a tile; ask for at least {least}, or give it more "
+                    "layers="
                 )
             sizes = torch.cat((torch.ones(len(rows), prefix, device=x.device), state.sizes[rows][:, :count]), 1)
             weights = sizes if stage.fuse.weights is None else stage.fuse.weights(view)
@@ -114,19 +115,19 @@ class DenseFusing:
     ) -> TowerView:
         """A view that includes the prefix tokens: matching alternates over the whole sequence, as published."""
         taps = state.taps.get(number, [])
-        received = None
+        mass = None
         if len(taps) >= 3 and taps[0].ndim == 4:
             q, k, v = (tap[rows][:, :, : self.spec.prefix + count] for tap in taps[:3])
             bias = self._key_mask(state, x)
             if len(taps) == 4:
                 own = taps[3][rows][:, :, : self.spec.prefix + count, : self.spec.prefix + count]
-                received = own.mean((1, 2))
+                mass = own.mean((1, 2))
             else:
                 own_bias = None if bias is None else bias[rows][:, 0, 0, : self.spec.prefix + count]
-                received = received(q, k, self.spec.blocks.scale(self.spec.layers[number]), own_bias)
+                mass = received(q, k, self.spec.blocks.scale(self.spec.layers[number]), own_bias)
             view = self._view(number, x, state, count, target, rows, prefix=True, block=-1)
             view.q, view.k, view.v = q, k, v
         else:
             view = self._view(number, x, state, count, target, rows, prefix=True, block=number)
-        view.received = received
+        view.received = mass
         return view

@@ -67,7 +67,8 @@ class DenseOutput:
         counts, dst = list(state.counts), state.dst.clone()
         for rows, answer in found.values():
             size = answer.indices.shape[1]
-            out[rows, :size] = answer.features.to(x.dtype)  # type: ignore[union-attr]
+            assert answer.features is not None
+            out[rows, :size] = answer.features.to(x.dtype)
             own = state.tokens[rows]
             tokens[rows, :size] = own.gather(1, answer.indices)
             state.front = state.front or answer.front

@@ -89,10 +89,11 @@ class PackedTower(PackedFusing, Tower):
             return
         unit = self.spec.unit
         if state.place is not None:
-            kwargs["position_embeddings"] = self.spec.root.rotary_pos_emb(x, state.place.flatten(0, 1))  # type: ignore[operator]
+            kwargs["position_embeddings"] = self.spec.root.rotary_pos_emb(x, state.place.flatten(0, 1))
         else:
             rows = (state.cells[:, None] * unit + torch.arange(unit, device=x.device)).flatten()
-            kwargs["position_embeddings"] = tuple(table[rows] for table in state.tables)  # type: ignore[union-attr]
+            assert state.tables is not None
+            kwargs["position_embeddings"] = tuple(table[rows] for table in state.tables)
         kwargs["cu_seqlens"] = self._bounds(number, state, kwargs["cu_seqlens"])
 
     def _bounds(self, number: int, state: CellState, given: Tensor) -> Tensor:
@@ -297,11 +298,8 @@ class PackedTower(PackedFusing, Tower):
         else:
             order, lengths = windows
             window = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        starts = [0]
-        for count in counts:
-            starts.append(starts[-1] + count)
-        cells = torch.arange(total, device=device)
-        state = CellState(order.to(device), window.to(device), starts, targets, counts, cells, cells)
+        everything = torch.arange(total, device=device)
+        state = CellState(order.to(device), window.to(device), targets, counts, everything, everything)
         if self.fusions:
             from transformers.vision_utils import get_vision_position_ids
 

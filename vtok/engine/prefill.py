@@ -204,10 +204,11 @@ class Prefill:
         if position not in self.rotary:
             segment, first = self.segments[position], self.segments[self._first]
             if self.reindex and segment.dropped != first.dropped:
-                own = self._relative_to_first(position, self.position_ids)  # type: ignore[arg-type]
+                assert self.position_ids is not None
+                own = self._relative_to_first(position, self.position_ids)
                 before = self._relative_to_first(position, first.removed)
                 ids = own - (segment.removed - before)
-                self.rotary[position] = self.adapter.text.rotary_emb(hidden, position_ids=ids)  # type: ignore[union-attr, operator]
+                self.rotary[position] = self.adapter.text.rotary_emb(hidden, position_ids=ids)
             else:
                 cos, sin = given
                 self.rotary[position] = (self._relative_to_first(position, cos), self._relative_to_first(position, sin))
@@ -217,7 +218,7 @@ class Prefill:
         if position not in self.masks:
             mask = self.segments[position].mask
             self.masks[position] = create_causal_mask(
-                config=self.adapter.text.config,  # type: ignore[union-attr, arg-type]
+                config=self.adapter.text.config,
                 inputs_embeds=hidden,
                 attention_mask=None if mask is None else mask.long().to(hidden.device),
                 past_key_values=None,
@@ -226,20 +227,21 @@ class Prefill:
 
     def _cut(self, stage: Stage, layers: Sequence[nn.Module], hidden: Tensor, kwargs: dict[str, Any]) -> None:
         segment = self.segments[-1]
-        which = self.decoder_stages.index(stage)
+        which = next(i for i, own in enumerate(self.decoder_stages) if own is stage)
         start = self.timer.begin(hidden.device)
-        given = kwargs["position_embeddings"]
+        rotary = kwargs["position_embeddings"]
+        if len(self.segments) - 1 > self._first:
+            rotary = self._rotary(len(self.segments) - 1, rotary, hidden)
+        previous: Any = layers[stage.layer - 1] if stage.layer else None
         source = rows.Rows(
             segment=segment,
             spans=self.spans,
             captured=self.captured.pop((stage.layer or 0) - 1, {}),
             transition=self.transition,
-            previous=layers[stage.layer - 1].self_attn if stage.layer else None,  # type: ignore[arg-type]
+            previous=previous.self_attn if previous is not None else None,
             layer=layers[stage.layer or 0],
             hidden=hidden,
-            rotary=self._rotary(len(self.segments) - 1, given, hidden)
-            if len(self.segments) - 1 > self._first
-            else given,
+            rotary=rotary,
             reserved=self.query_rows,
         )
         kept, _ = self._choose(stage, hidden, segment, [counts.cuts[which] for counts in self.counts], source)
@@ -297,7 +299,8 @@ class Prefill:
                 "base": base,
             }
             if has_saliency:
-                full = torch.stack([self.spans[number].encoded.saliency for number in numbers])  # type: ignore[misc]
+                found = [self.spans[number].encoded.saliency for number in numbers]
+                full = torch.stack([own for own in found if own is not None])
                 common["saliency"] = full.to(tokens.device).gather(1, tokens)
             view = View(**common) if source is None else DecoderView(**common, spans=numbers, source=source)
             answer = stage.select(view, count)

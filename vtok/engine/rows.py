@@ -74,7 +74,7 @@ class Rows:
         q, k, scale = self._queries_and_keys("previous", None)
         rows_ = q.shape[2]
         positions = self._query_positions(rows_)
-        kwargs = {"scale": scale, "key_mask": real, "query_positions": positions}
+        kwargs: dict[str, Any] = {"scale": scale, "key_mask": real, "query_positions": positions}
         to_visual = kernels.received_attention(q, k, query_mask=text[:, -rows_:], **kwargs)
         to_visual = (to_visual * visual).sum(1)
         if self.reserved is None:
@@ -119,7 +119,8 @@ class Rows:
         module: Any = self.layer.self_attn if of == "next" else self.previous
         count = last or self.reserved or self.segment.width
         if of == "next":
-            x = self.layer.input_layernorm(self.hidden)  # type: ignore[operator]
+            layer: Any = self.layer
+            x = layer.input_layernorm(self.hidden)
             q, k = module.q_proj(x[:, -count:]), module.k_proj(x)
         else:
             q, k = self.captured["q"][:, -count:], self.captured["k"]

@@ -81,7 +81,9 @@ class Segment:
         lengths, dropped = list(self.lengths), list(self.dropped)
         touched = [number for number, keep in enumerate(kept) if keep is not None]
         for number in touched:
-            gone = len(self.columns[number]) - len(kept[number])  # type: ignore[arg-type]
+            chosen = kept[number]
+            assert chosen is not None
+            gone = len(self.columns[number]) - len(chosen)
             lengths[samples[number]] -= gone
             dropped[samples[number]] += gone
         width = max(lengths)
@@ -106,7 +108,7 @@ class Segment:
         rank = keep.cumsum(1)
         starts = torch.tensor([width - size - 1 for size in lengths], device=device)
         columns = [rank[sample][column] + starts[sample] for sample, column in zip(samples, columns, strict=True)]
-        gone = (real & ~keep).cumsum(1).gather(1, relative)
+        lost = (real & ~keep).cumsum(1).gather(1, relative)
         return Segment(
             layer,
             self.index.gather(1, relative),
@@ -114,7 +116,7 @@ class Segment:
             lengths,
             columns,
             tokens,
-            self.removed.gather(1, relative) + gone,
+            self.removed.gather(1, relative) + lost,
             dropped,
             relative,
             self.full,

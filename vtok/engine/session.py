@@ -134,7 +134,7 @@ class Session:
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        return self.adapter.text.layers  # type: ignore[union-attr, return-value]
+        return self.adapter.text.layers
 
     @property
     def depth(self) -> int:
@@ -146,6 +146,16 @@ class Session:
         """The budget of an image of ``tokens`` tokens, split over the chain."""
         has_entry = any(method.site != "decoder" for method in self.methods)
         return solve(tokens, self.keep, max(self.depth, 1), self.profile, has_entry, self.methods[-1].name)
+
+    def check_budget(self) -> None:
+        """Refuse now what every prefill would refuse: a share no schedule reaches, or a count on pictures of one size.
+
+        Raises:
+            VtokError: names the smallest budget that can be reached.
+        """
+        fixed = self.adapter.tile_length("image") if self.adapter.family == "llava" else None
+        if self.decoder_stages and (fixed is not None or isinstance(self.keep, float)):
+            self.counts(fixed or 576)
 
     def entry_counts(self, tokens: int, entry: int) -> list[int]:
         """Tokens after each method before the decoder (tower methods first), narrowing in equal ratios."""
@@ -177,6 +187,7 @@ class Session:
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         media = self.adapter.media(modality, call)
+        assert self.tower is not None
         start = self.timer.begin(self._device())
         self.encoding = True
         try:
@@ -208,8 +219,8 @@ class Session:
             encoding = getattr(output, STATE, None)
             if encoding is None and output is not None:
                 raise VtokError(
-                    f"the {modality} features that were passed in come from before vtok.compress or from another model; "
-                    f"call get_{modality}_features of the compressed model, or pass the pixels"
+                    f"the {modality} features that were passed in come from before vtok.compress or from another "
+                    f"model; call get_{modality}_features of the compressed model, or pass the pixels"
                 )
             if encoding is not None:
                 self.call.encodings[modality] = encoding
@@ -265,7 +276,7 @@ class Session:
     def _ids_of_embeds(self, embeds: Any) -> Tensor:
         """Placeholders of a prompt that was given as embeddings: the rows equal to a placeholder's embedding."""
         ids = embeds.new_full(embeds.shape[:2], -1).long()
-        table = self.adapter.base.get_input_embeddings()  # type: ignore[union-attr, operator]
+        table = self.adapter.base.get_input_embeddings()
         for modality in self.adapter.modalities:
             number = self.adapter.placeholder(modality)
             ids[(embeds == table(ids.new_tensor(number))).all(-1)] = number
@@ -345,7 +356,7 @@ def shape_of(adapter: Adapter) -> Shape:
     tower = adapter.tower
     layers = adapter.text.layers if adapter.text is not None else ()
     return Shape(
-        depth=len(layers),  # type: ignore[arg-type]
+        depth=len(layers),
         tower_depth=tower.feature_layer + 1,
         has_cls=tower.has_cls,
         packed=tower.packed,

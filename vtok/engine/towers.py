@@ -48,7 +48,7 @@ class Tower:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.spec = session.adapter.tower
+        self.spec: Any = session.adapter.tower
         self.saliency = any("saliency" in stage.reads for stage in session.stages) and self.spec.has_cls
         self.seen: Tensor | None = None
         self.taps: list[Tensor] = []

@@ -14,7 +14,7 @@ from vtok.view import DecoderView, Shape
 @register("fastv")
 @dataclass(frozen=True)
 class FastV(Method):
-    """Rank visual tokens by the attention they receive in decoder layer ``k - 1`` (paper section 4.1), cut before ``k``.
+    """Rank visual tokens by the attention they get in decoder layer ``k - 1`` (paper section 4.1), cut before ``k``.
 
     The attention row is recomputed from that layer's own q and k; nothing else of the map is formed.
 

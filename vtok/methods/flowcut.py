@@ -1,4 +1,4 @@
-"""FlowCut (arXiv 2505.19536, NeurIPS 2025): cut by the information flow that the class token sees, layer after layer."""
+"""FlowCut (arXiv 2505.19536, NeurIPS 2025): cut by the information flow that the class token sees, layer by layer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class FlowCut(Method):
         stages = [Stage("encoder", at, cut, observe=self.observe, reads=reads, observed=whole) for at in cuts]
         if self.llm_layer is not None and (shape.tiled or shape.packed) and self.llm_layer + 1 < shape.depth:
             share = self.llm_share if self.llm_share is not None else (0.5 if shape.packed else 0.4)
-            stages.append(Stage("decoder", self.llm_layer + 1, self.cut_decoder, reads=reads | {"attention"}, share=share))
+            reads |= {"attention"}
+            stages.append(Stage("decoder", self.llm_layer + 1, self.cut_decoder, reads=reads, share=share))
         return stages
 
     def observe(self, view: TowerView) -> Tensor:

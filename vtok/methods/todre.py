@@ -25,7 +25,7 @@ class ToDRE(Method):
     first alone decides.
 
     Args:
-        pivot: ``"cls"`` (most attended by the class token; random where the tower has none), ``"random"``, ``"center"``.
+        pivot: ``"cls"`` (most attended by the class token; random where there is none), ``"random"``, ``"center"``.
         objective: ``"sum"`` (v2: smallest sum of similarities to the chosen) or ``"min"`` (v1: k-center).
         decision: share of the depth after which stage 2 decides; ``None`` leaves stage 2 out.
         tau: threshold on the masses.

@@ -1,0 +1,126 @@
+"""A picture file through a model folder: what ``vtok show`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vtok.api import SESSION, compress, report
+from vtok.errors import VtokError
+from vtok.geometry import geometries, geometry, inputs_of
+from vtok.io import CONFIG, load, plain
+from vtok.report import Report
+from vtok.show import show
+
+
+def of_file(
+    photo: str | Path,
+    out: str | Path,
+    *,
+    model: str = "tiny-llava",
+    methods: Sequence[str] | None = None,
+    keep: int | float | None = None,
+    options: Mapping[str, Any] | None = None,
+    prompt: str = "Describe the picture.",
+    stages: bool = False,
+    fit: str = "auto",
+) -> tuple[Report, bool]:
+    """Prefill a photo and draw what was kept.
+
+    Parameters
+    ----------
+    photo, out : str or Path
+        Picture files to read and to write.
+    model : str
+        A folder that ``save_pretrained`` or ``vtok.save`` wrote, or one of ``vtok.geometry.geometries()``.
+    methods, keep, options
+        As for ``vtok.compress``; without methods the folder's own settings hold, else ``divprune`` at 64.
+    prompt : str
+        The question, where the folder holds a processor; else random words stand around the picture.
+    stages, fit
+        As for ``vtok.show``.
+
+    Returns
+    -------
+    tuple of (Report, bool)
+        What happened, and whether the weights were random.
+
+    Raises
+    ------
+    VtokError
+        No such file, folder or geometry; anything ``vtok.compress`` refuses.
+    """
+    picture = opened(photo)
+    random = not Path(model).is_dir()
+    if random and model not in geometries():
+        raise VtokError(f"{model} is neither a folder nor one of the geometries {', '.join(geometries())}")
+    if random:
+        network = geometry(model)
+    elif methods is None and (Path(model) / CONFIG).is_file():
+        network = load(model)
+    else:
+        network = plain(model)
+    session = network.__dict__.get(SESSION)
+    if session is None or methods is not None:
+        chain: Any = ["divprune"] if methods is None else list(methods)
+        given = {"keep": 64 if keep is None else keep, **(options or {})}
+        compress(network, chain[0] if len(chain) == 1 else chain, **given)
+    elif options:
+        raise VtokError(f"options {', '.join(options)} need a method; name it with --method")
+    elif keep is not None:
+        session.keep = keep
+    inputs = None if random else _processed(model, picture, prompt)
+    with torch.no_grad():
+        network(**(inputs_of(network, picture) if inputs is None else inputs.to(network.dtype)), logits_to_keep=1)
+    made = report(network)
+    try:
+        show(picture, made, stages=stages, fit=fit).save(out)
+    except (OSError, ValueError) as error:
+        if isinstance(error, VtokError):
+            raise
+        raise VtokError(f"cannot write the picture {out}: {error}; give a name such as out.png") from error
+    return made, random
+
+
+def opened(path: str | Path) -> Image.Image:
+    """A picture file, upright and in RGB.
+
+    Raises
+    ------
+    VtokError
+        No such file, or no picture in it.
+    """
+    from PIL import ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError:
+        raise VtokError(f"there is no file {path}; give a picture, such as photo.jpg") from None
+    except (OSError, ValueError) as error:
+        raise VtokError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _processed(folder: str, picture: Image.Image, prompt: str) -> Any:
+    """Inputs by the folder's own processor, or ``None`` where it has none."""
+    import transformers
+
+    if not any((Path(folder) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return None
+    try:
+        processor: Any = transformers.AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise VtokError(f"transformers cannot load the processor in {folder}: {reason}") from error
+    if not hasattr(processor, "tokenizer"):
+        return None
+    if processor.chat_template:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    else:
+        text = f"{processor.image_token}\n{prompt}"
+    return processor(images=picture, text=text, return_tensors="pt")
