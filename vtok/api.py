@@ -124,7 +124,6 @@ def compress(
             model.__dict__[SESSION] = previous
         raise
     model.__dict__[SESSION] = session
-    _warn_on_save(model, session)
     return model
 
 
@@ -166,21 +165,6 @@ def _check_text(adapter: Adapter) -> None:
             f"this decoder uses sliding-window attention (window {config.sliding_window}), which vtok does not support "
             "yet; set sliding_window=None in its text config if your prompts are shorter than the window"
         )
-
-
-def _warn_on_save(model: nn.Module, session: Session) -> None:
-    """``save_pretrained`` of a compressed model saves the plain weights: say so."""
-    if hasattr(model, "save_pretrained"):
-        from functools import partial
-
-        from vtok.engine.towers import Wrapped
-
-        session.wrapped.append(Wrapped(model, "save_pretrained", partial(_save_plain)))
-
-
-def _save_plain(original: Any, *args: Any, **kwargs: Any) -> Any:
-    logger.warning("vtok: save_pretrained saves the plain weights; vtok.save(model, folder) keeps the settings too")
-    return original(*args, **kwargs)
 
 
 def restore(model: nn.Module) -> Any:
@@ -236,9 +220,9 @@ def report(model: nn.Module) -> Report:
     """
     session = session_of(model)
     if session.last is None and session.last_text is None:
-        tower = session.tower_report()
-        if tower is not None:
-            return tower
+        finished = getattr(session.tower, "finished", None)
+        if finished is not None:
+            return reports.of_tower(finished, session.name, float(session.keep), session.adapter.family)
         raise VtokError("nothing has run through this model since vtok.compress; run a forward or generate first")
     batch = session.last_text[0] if session.last_text is not None else 0
     if session.last is not None:

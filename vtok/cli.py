@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -97,14 +98,11 @@ def methods(
     if as_json:
         _print_json(rows)
         return
-    table = Table(title=f"methods for {family}" if family else None)
+    table = Table(title=f"methods for {family}" if family else None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("method", "site", "summary", "paper", "families"):
-        table.add_column(column, no_wrap=column in ("method", "site"))
+        table.add_column(column, no_wrap=column in ("method", "site", "paper"))
     for row in rows:
-        missing = [known for known in serving if known not in row["families"]]
-        few = "all" if not missing else f"all but {', '.join(missing)}"
-        listed = few if len(missing) < len(row["families"]) else ", ".join(row["families"])
-        table.add_row(row["name"], row["site"], row["summary"], row["paper"], listed)
+        table.add_row(row["name"], row["site"], row["summary"], row["paper"], _in_words(row["families"], list(serving)))
     Console().print(table)
 
 
@@ -121,7 +119,7 @@ def families(as_json: JSON = False) -> None:
         rows.append(
             {
                 "family": name,
-                "kind": "vision tower alone" if bare else "vision-language model",
+                "kind": "vision tower" if bare else "vision-language model",
                 "media": list(cls.modalities),
                 "positions": [] if bare else sorted(cls.positions),
                 "methods": vtok.methods(name),
@@ -130,7 +128,7 @@ def families(as_json: JSON = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("family", "kind", "media", "positions", "methods")
+    table = Table("family", "kind", "media", "positions", "methods", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         lists = [", ".join(row[key]) for key in ("media", "positions")]
         table.add_row(row["family"], row["kind"], *lists, str(len(row["methods"])))
@@ -201,8 +199,10 @@ def demo(
     console = Console()
     for name in MODELS:
         mine = [row for row in rows if row.model == name]
-        title = f"{name}: random weights (token counts and times are real, the answers are noise)"
-        table = Table("method", title=title, title_justify="left")
+        title = f"{name}: random weights, so counts and times are real and answers are noise"
+        console.print(title, style="bold", highlight=False)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("method", no_wrap=True)
         for column in ("tokens in", "kept", "layer average", "MAC ratio", "prefill ms", "plain ms", "speed-up"):
             table.add_column(column, justify="right")
         for row in mine:
@@ -218,6 +218,18 @@ def demo(
                 console.print(f"  {row.method}: {row.note}", highlight=False)
         console.print()
     console.print(f"pictures: {out}/, all of them on one sheet: {out / 'contact_sheet.png'}", highlight=False)
+
+
+def _in_words(served: list[str], known: list[str]) -> str:
+    """The families a method serves, or those it does not where these are fewer."""
+    from vtok.method import BARE
+
+    languages = [name for name in known if name not in BARE]
+    for group, word in ((languages, "all VLMs"), (known, "all")):
+        missing = [name for name in group if name not in served]
+        if len(missing) < len(served) and set(served) <= set(group):
+            return word + (f" but {', '.join(missing)}" if missing else "")
+    return ", ".join(served)
 
 
 def _budget(text: str) -> int | float:

@@ -138,8 +138,8 @@ def run(
                 rows.append(row)
                 if picture is not None:
                     drawn.append(picture)
-                    captions.append(f"{row.method}: {row.tokens_kept:g} of {row.tokens_in:g}")
-            sheets.append(sheet(drawn, captions, columns=5, width=360))
+                    captions.append(f"{row.method}: {row.tokens_kept:g} of {row.tokens_in:g} tokens")
+            sheets.append(sheet(drawn, captions, columns=7, width=288))
     _stack(sheets).save(folder / "contact_sheet.png")
     return rows
 
@@ -179,7 +179,7 @@ def _measure(
 ) -> tuple[Row, Image.Image | None]:
     asked = MODELS[name][1]
     try:
-        with vtok.compressed(model, method, keep=asked):
+        with vtok.compressed(model, method, keep=1.0):  # a budget too small for it would be refused here
             keep = reachable(model, tokens, asked)
             with vtok.budget(model, keep), torch.no_grad():
                 ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -203,7 +203,7 @@ def _measure(
         speedup=statistics.median(theirs / ours for theirs, ours in pairs),
         generated=tuple(ids[0, -NEW_TOKENS:].tolist()),
         picture=file,
-        note="" if keep == asked else f"cuts late: {keep} is the smallest average it reaches here",
+        note="" if keep == asked else f"cuts late: an average of {keep} is the smallest it reaches here",
     )
     return row, picture
 

@@ -183,7 +183,8 @@ def _written(method: Method) -> dict[str, Any]:
             same = False
         if not same:
             raise VtokError(
-                f"option {option}={reprlib.repr(value)} of {name} cannot be written as JSON; use numbers, strings, tuples or None"
+                f"option {option}={reprlib.repr(value)} of {name} cannot be written as JSON; use numbers, strings, "
+                "tuples or None"
             )
     return {"name": name, "options": options}
 

@@ -6,6 +6,7 @@ import colorsys
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -136,7 +137,7 @@ def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int
 # -- which picture lies under which rectangle ---------------------------------------------------------------------
 
 
-def _entry(table: Sequence[Sequence], sample: int, image_index: int):  # type: ignore[no-untyped-def]
+def _entry(table: Sequence[Sequence[Any]], sample: int, image_index: int) -> Any:
     if not 0 <= sample < len(table):
         raise VtokError(f"there is no sample {sample}: the report holds samples 0 to {len(table) - 1}")
     row = table[sample]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vtok_kernels as kernels
 from vtok.engine.tiles import TileState
-from vtok.engine.towers import merge_goal, softmax
+from vtok.engine.towers import merge_goal, received, softmax
 from vtok.errors import VtokError
 from vtok.view import Stage, TowerView
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,15 +14,18 @@ from torch.utils.hooks import RemovableHandle
 
 from vtok.budget import Counts, Profile, check_keep, solve
 from vtok.engine import decode
+from vtok.engine.dense import DenseTower
+from vtok.engine.packed import PackedTower
 from vtok.engine.prefill import Prefill, padding_of
 from vtok.engine.spans import Encoding, Span, locate
 from vtok.engine.timing import Timer
-from vtok.engine.towers import Wrapped, make_tower
+from vtok.engine.towers import Tower, Wrapped
 from vtok.errors import VtokError
 from vtok.method import Method
 from vtok.protocol import Adapter
 from vtok.view import Shape, Stage
 
+logger = logging.getLogger("vtok")
 STATE = "_vtok_state"
 RUN = "vtok_run"
 
@@ -85,6 +89,8 @@ class Session:
                 self.tower.install()
             if self.adapter.base is not None:
                 self._install_language()
+            if hasattr(self.model, "save_pretrained"):
+                self.wrapped.append(Wrapped(self.model, "save_pretrained", save_plain))
         except BaseException:
             self.remove()
             raise
@@ -170,13 +176,6 @@ class Session:
         counts = self.entry_counts(tokens, self.counts(tokens).entry)
         inside = sum(1 for method in self.methods if method.site == "encoder")
         return counts[inside - 1] if inside else tokens
-
-    def tower_report(self) -> Any:
-        """The report of a bare vision transformer's last forward, or ``None``."""
-        from vtok.report import of_tower
-
-        state = getattr(self.tower, "finished", None)
-        return None if state is None else of_tower(state, self.name, float(self.keep), self.adapter.family)
 
     # -- encoder calls ------------------------------------------------------------------------------------------
 
@@ -349,6 +348,19 @@ class Session:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             run.observe_transition(layer, part, before, after, "couple_batch" in stage.reads)
+
+
+def save_plain(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``save_pretrained``: say that it leaves the settings out."""
+    logger.warning("vtok: save_pretrained saves the plain weights; vtok.save(model, folder) keeps the settings too")
+    return original(*args, **kwargs)
+
+
+def make_tower(session: Session) -> Tower | None:
+    """The watcher of the vision side that a session's methods need."""
+    if any(stage.site == "encoder" for stage in session.stages):
+        return (PackedTower if session.adapter.tower.packed else DenseTower)(session)
+    return Tower(session) if session.adapter.base is not None else None
 
 
 def shape_of(adapter: Adapter) -> Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 import vtok_kernels as kernels
 from vtok.engine.spans import Encoded
 from vtok.protocol import Medium
-
-if TYPE_CHECKING:
-    from vtok.engine.session import Session
 
 
 class Wrapped:
@@ -46,7 +43,7 @@ class Wrapped:
 class Tower:
     """A tower whose tokens all stay; records the class token's attention where a method asks for it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Any) -> None:
         self.session = session
         self.spec: Any = session.adapter.tower
         self.saliency = any("saliency" in stage.reads for stage in session.stages) and self.spec.has_cls
@@ -93,16 +90,6 @@ class Tower:
         q, k, _ = self.spec.blocks.split(block, self.taps)
         rows = kernels.attention_rows(q[:, :, :1], k, scale=self.spec.blocks.scale(block))
         return rows[:, 0, self.spec.prefix :]
-
-
-def make_tower(session: Session) -> Tower | None:
-    """The watcher that a session's methods need."""
-    from vtok.engine.dense import DenseTower
-    from vtok.engine.packed import PackedTower
-
-    if any(stage.site == "encoder" for stage in session.stages):
-        return (PackedTower if session.adapter.tower.packed else DenseTower)(session)
-    return Tower(session) if session.adapter.base is not None else None
 
 
 def distribute(total: int, weights: Sequence[int]) -> list[int]:

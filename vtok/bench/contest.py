@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtok import ceiling
 from vtok.api import adapter_of, compressed, report
+from vtok.bench import ceiling
+from vtok.bench.measure import prefill_peak, timed_generate
 from vtok.budget import check_keep, smallest, solve
 from vtok.engine.session import Session, shape_of
 from vtok.errors import VtokError
-from vtok.measure import prefill_peak, timed_generate
 from vtok.method import Method, resolve
 from vtok.progress import progress as progress_bar
 from vtok.protocol import Adapter
@@ -164,7 +164,8 @@ def run(
     if device is not None:
         model.to(device)
     inputs = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in inputs.items()}
-    contenders, refused = _line_up(model, adapter, inputs, methods, check_keep(keep))
+    with progress_bar("counts and memory", len(methods), progress) as advance:
+        contenders, refused = _line_up(model, adapter, inputs, methods, check_keep(keep), advance)
     steps = (warmup + repeats) * len(contenders)
     with progress_bar("bench", steps, progress) as advance:
         for turn in range(-warmup, repeats):
@@ -183,22 +184,31 @@ def run(
 
 
 def _line_up(
-    model: Any, adapter: Adapter, inputs: Mapping[str, Any], methods: Sequence[Any], keep: int | float
+    model: Any,
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    methods: Sequence[Any],
+    keep: int | float,
+    advance: Callable[[int], None],
 ) -> tuple[list[Contender], list[Row]]:
     """Who runs: an untimed prefill of each gives its counts and its memory."""
     plain = Contender(Row("plain", "plain", peak_mb=prefill_peak(model, inputs) / 2**20))
     with compressed(model, "random", keep=1.0):
-        model(**inputs, use_cache=False)
+        model(**inputs, use_cache=False, logits_to_keep=1)
         whole = report(model)
     _describe(plain.row, whole)
     sizes = [sum(part.length for part in parts) for sample in whole.parts for parts in sample]
     if not sizes:
         raise VtokError("there is no picture in these inputs, so nothing to prune; give pixels with the prompt")
-    contenders, ceilings, refused = [plain], {}, []
+    contenders, refused, shape = [plain], [], shape_of(adapter)
+    ceilings: dict[str, Contender] = {}
     for method in methods:
+        advance(1)
         name = _name(method)
         try:
-            chain = resolve(method, {})
+            chain = tuple(own.prepare(model) for own in resolve(method, {}))
+            for reason in filter(None, (own.refuse(shape) for own in chain)):
+                raise VtokError(f"{name} cannot serve {adapter.family}: {reason}")
             budget = reachable(model, adapter, chain, keep, sizes)
             row = Row(name, "method", keep=budget)
             logs: list[ceiling.Log] = [{} for _ in chain]
@@ -211,10 +221,10 @@ def _line_up(
         contenders.append(Contender(row, chain))
         average = _average(row, sizes)
         row.at_input = row.same_cuts = f"random, input, {average:g}"
-        wanted = {row.at_input: ((ceiling.at_input(),), average)}
-        if any(stage.site != "input" for own in chain for stage in own.stages(shape_of(adapter))):
+        wanted: dict[str, tuple[tuple[Method, ...], int | float]] = {row.at_input: ((ceiling.at_input(),), average)}
+        if any(stage.site != "input" for own in chain for stage in own.stages(shape)):
             row.same_cuts = f"random, cuts of {name}"
-            same = [ceiling.same_cuts(own, shape_of(adapter), log) for own, log in zip(chain, logs, strict=True)]
+            same = [ceiling.same_cuts(own, shape, log) for own, log in zip(chain, logs, strict=True)]
             wanted[row.same_cuts] = (tuple(same), budget)
         for title, (own_chain, own_keep) in wanted.items():
             if title not in ceilings:
@@ -227,7 +237,8 @@ def _name(method: Any) -> str:
     if isinstance(method, str):
         return method
     if isinstance(method, Method):
-        return method.name or type(method).__name__
+        options = ", ".join(f"{key}={value}" for key, value in method.options().items() if key != "samples")
+        return (method.name or type(method).__name__) + (f"({options})" if options else "")
     return "+".join(_name(part) for part in method)
 
 

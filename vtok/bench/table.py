@@ -1,0 +1,162 @@
+"""``vtok bench``: build a model, run the contest, print a table or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from vtok.api import adapter_of, methods
+from vtok.bench.contest import Row, Spread, run
+from vtok.bench.measure import machine
+from vtok.errors import VtokError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIDTH = 168
+"""Columns of the table where the output is no terminal, such as a log."""
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="Name of a geometry (random weights), or a folder with a model.")
+    ] = "llava-0.5b",
+    methods: Annotated[
+        str, typer.Option(help='"all", or names with commas between; + composes: "fastv,divprune+random_deep".')
+    ] = "all",
+    keep: Annotated[str, typer.Option(help="Visual tokens per image, such as 64, or a share, such as 0.25.")] = "64",
+    repeats: Annotated[int, typer.Option(help="Timed rounds over all contenders.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Untimed rounds before them.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 8,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1.")] = "cpu",
+    batch: Annotated[int, typer.Option(help="Copies of the sample in a batch.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens around the picture.")] = 64,
+    picture: Annotated[str, typer.Option(help="Width and height of the picture in pixels.")] = "672x504",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write everything, raw times included, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time methods against the plain model and against random pruning at the same budget."""
+    if dtype not in DTYPES:
+        raise VtokError(f"dtype {dtype!r} is unknown; take {', '.join(DTYPES)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise VtokError(f"there is no {device} on this machine; leave --device out")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    from vtok.geometry import inputs_of
+
+    loaded = _load(model, DTYPES[dtype], device)
+    inputs = inputs_of(loaded, _noise(picture), prompt_tokens, batch=batch)
+    names = _names(methods, loaded)
+    rows = run(loaded, inputs, names, _budget(keep), repeats=repeats, warmup=warmup, new_tokens=new_tokens)
+    setting = {
+        "model": model,
+        **machine(loaded.device),
+        "dtype": dtype,
+        "batch": batch,
+        "keep": keep,
+        "prompt": inputs["input_ids"].shape[1],
+        "picture": picture,
+        "repeats": repeats,
+        "new_tokens": new_tokens,
+    }
+    found = {"setting": setting, "rows": [row.as_dict() for row in rows]}
+    if out is not None:
+        out.write_text(json.dumps(found, indent=2) + "\n")
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    show(rows, setting, console)
+
+
+def show(rows: Sequence[Row], setting: Mapping[str, Any], console: Console) -> None:
+    """Print the rows as a table, and what there is to say about them below."""
+    table = Table(
+        title=", ".join(f"{key} {value}" for key, value in setting.items()),
+        caption="medians (smallest to largest) of paired repetitions; ceiling: prefill of random pruning with the same "
+        "cuts / of random pruning at the input with the same average, over the method's",
+    )
+    columns = ("contender", "keep", "average", "MAC", "encode ms", "select ms", "prefill ms", "decode ms", "peak MB")
+    for number, column in enumerate((*columns, "speed-up", "of ceiling", "of input random")):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        if row.role == "refused":
+            continue
+        style = "dim" if row.role == "ceiling" else "bold" if row.role == "plain" else None
+        table.add_row(
+            row.name,
+            "" if row.keep is None else f"{row.keep:g}",
+            f"{row.average_tokens:.1f}",
+            f"{row.mac_ratio:.3f}",
+            _ms(row.ms("encode")),
+            _ms(row.ms("select")),
+            _range(row.ms("prefill"), ".0f"),
+            _ms(row.ms("decode")),
+            f"{row.peak_mb:.0f}",
+            _range(row.speedup, ".2f"),
+            _range(row.share, ".2f"),
+            _range(row.share_at_input, ".2f"),
+            style=style,
+        )
+    console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(f"{'refused: ' if row.role == 'refused' else ''}{row.note}", highlight=False)
+
+
+def _ms(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.median:.1f}"
+
+
+def _range(spread: Spread | None, spec: str) -> str:
+    if spread is None:
+        return ""
+    return f"{spread.median:{spec}} ({spread.low:{spec}}-{spread.high:{spec}})"
+
+
+def _names(text: str, model: Any) -> list[str | list[str]]:
+    if text == "all":
+        return list(methods(adapter_of(model).family))
+    parts = [part.strip().split("+") for part in text.split(",") if part.strip()]
+    return [part[0] if len(part) == 1 else list(part) for part in parts]
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise VtokError(f"--keep {text} is no number; give tokens (64) or a share (0.25)") from None
+
+
+def _load(name: str, dtype: torch.dtype, device: str) -> Any:
+    if Path(name).is_dir():
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
+    from vtok.geometry import geometry
+
+    return geometry(name, dtype, device)
+
+
+def _noise(size: str) -> Image.Image:
+    """A picture of smooth noise: neighbouring patches are alike, as in a photo."""
+    try:
+        width, height = (int(side) for side in size.split("x"))
+    except ValueError:
+        raise VtokError(f"--picture {size} is no size; give width and height, such as 672x504") from None
+    coarse = torch.randint(0, 256, (24, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(coarse.numpy()).resize((width, height), Image.Resampling.BICUBIC)
