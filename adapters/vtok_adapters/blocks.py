@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -176,21 +175,7 @@ class QwenBlocks:
         return self.split(block, [block.attn.qkv(block.norm1(x))])
 
     def attend(self, block: Any, x: Tensor, bias: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        if bias is None:
-            return block.attn(block.norm1(x), **kwargs)
-        # the towers take no mask: same projections and rotary embedding, SDPA per segment with the key bias
-        q, k, v = self.project(block, x)
-        cos, sin = kwargs["position_embeddings"]
-        q, k = rotate_packed(q, cos, sin), rotate_packed(k, cos, sin)
-        lengths = (kwargs["cu_seqlens"][1:] - kwargs["cu_seqlens"][:-1]).tolist()
-        parts = [t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)]
-        out = [
-            F.scaled_dot_product_attention(
-                a[None], b[None], c[None], attn_mask=own[None, None, None], scale=self.scale(block)
-            )
-            for a, b, c, own in zip(*parts, bias.to(x.dtype).split(lengths), strict=True)
-        ]
-        return self.output(block, torch.cat(out, dim=2)[0].transpose(0, 1))
+        return block.attn(block.norm1(x), **kwargs)
 
     def output(self, block: Any, heads: Tensor) -> Tensor:
         """(seq, H, d) through the output projection."""
@@ -201,10 +186,3 @@ class QwenBlocks:
 
     def scale(self, block: Any) -> float:
         return float(block.attn.scaling)
-
-
-def rotate_packed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (seq, H, d) by (seq, d), in fp32 as the towers do it."""
-    cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
-    a, b = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)

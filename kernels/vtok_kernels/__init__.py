@@ -9,6 +9,7 @@ from .compact import gather_tokens, left_compact, scatter_tokens
 from .greedy import dpp_map, farthest_first, max_sum
 from .match import bipartite_match, cosine_scores, mctf_scores, merge_limit, strided_merge
 from .merge import MergePlan, merge_attention, merge_mean, merge_sum
+from .packed import load_xformers, packed_attention
 from .select import keep_mask, random, topk, uniform, uniform_grid
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "get",
     "keep_mask",
     "left_compact",
+    "load_xformers",
     "max_sum",
     "mctf_scores",
     "merge_attention",
     "merge_limit",
     "merge_mean",
     "merge_sum",
+    "packed_attention",
     "random",
     "received_attention",
     "register",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import vtok_kernels as vk
 
 B, H, N, D = 2, 4, 9, 8

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import vtok_kernels as vk
 from torch._subclasses import FakeTensorMode
+
+import vtok_kernels as vk
 from vtok_kernels import backend
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import vtok_kernels as vk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import vtok_kernels as vk
 
 
 @pytest.mark.parametrize("trailing", [(), (3,), (2, 3)])

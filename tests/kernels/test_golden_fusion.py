@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import vtok_kernels as vk
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_fusion.json").read_text())

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-import vtok_kernels as vk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import vtok_kernels as vk
 
 few = settings(max_examples=25, deadline=None)
 

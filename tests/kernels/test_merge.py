@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import vtok_kernels as vk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import vtok_kernels as vk
 from vtok_kernels import MergePlan
 
 few = settings(max_examples=30, deadline=None)

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-import vtok_kernels as vk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import vtok_kernels as vk
 
 few = settings(max_examples=40, deadline=None)
 

@@ -180,10 +180,12 @@ class DenseOutput:
                 count = int(kept.sum()) if self.session.shape.tiled else state.counts[medium.tiles.start]
                 tokens = kernels.topk(kept[None].float(), count)[0]
                 item = Encoded(medium, count, tokens)
-            item.stages = [(layer, packed[number][:, 0] > 0.5) for layer, packed in stages]
+            standing = torch.zeros(medium.length, dtype=torch.bool, device=weight.device)
+            standing[item.tokens] = True
+            # a resampled token stands for as long as one of its patches does, and what stands at last always did
+            least = 0.0 if medium.interpolated else 0.5
+            item.stages = [(layer, (packed[number][:, 0] > least) | standing) for layer, packed in stages]
             if item.stages:
-                standing = torch.zeros(medium.length, dtype=torch.bool, device=weight.device)
-                standing[item.tokens] = True
                 item.stages[-1] = (item.stages[-1][0], standing)
             if index is not None and not medium.interpolated:
                 item.groups = packed_groups(index[number].to(state.dst.device), state.dst)

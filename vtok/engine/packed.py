@@ -52,6 +52,13 @@ class PackedTower(PackedFusing, Tower):
         for stage in self.fusions:
             layer = spec.layers[stage.layer or 0]
             self.session.wrapped.append(Wrapped(layer, "forward", partial(self._fuse, stage)))
+        if self.fusions:
+            self.use_xformers()
+            merging = {stage.layer for stage in self.fusions}
+            for number in range(min(layer or 0 for layer in merging) + 1, len(spec.layers)):
+                if number not in merging:
+                    around = partial(self._after_merges, number)
+                    self.session.wrapped.append(Wrapped(spec.layers[number], "forward", around))
         if not spec.mergers:
             raise VtokError(f"{type(spec.root).__name__} has no patch merger to put dropped cells back after")
         hook(spec.mergers[0].register_forward_pre_hook(self._before_merger))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from vtok.engine.cells import CellState
 from vtok.engine.rows import rotate
 from vtok.engine.towers import distribute, merge_goal, received
 from vtok.view import Stage, TowerView
+
+logger = logging.getLogger("vtok")
 
 
 class PackedFusing:
@@ -25,26 +29,55 @@ class PackedFusing:
     _patches: Any
     _view: Any
 
+    def use_xformers(self) -> None:
+        """Packed attention by xformers where it is installed and loads beside this torch."""
+        if find_spec("xformers") is not None:
+            try:
+                kernels.load_xformers()
+            except ImportError as error:
+                logger.warning("vtok: %s", error)
+
     def _fuse(self, stage: Stage, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state, fuse, number = self.state, stage.fuse, stage.layer or 0
         if state is None or fuse is None:
             return original(x, *args, **kwargs)
         block, blocks = self.spec.layers[number], self.spec.blocks
         if fuse.where == "middle":
-            x = x + blocks.attend(block, x, self._size_bias(fuse, state), kwargs)
+            x = x + self._attend(number, x, state, kwargs)
             x = self._merge(stage, number, x, state)
             return x + blocks.feed(block, x)
         projections = blocks.project(block, x)
         state.taps[number] = [torch.cat([t.flatten(1) for t in projections], dim=1)]
         x = self._merge(stage, number, x, state)
         self._geometry(number, x, state, kwargs)
-        x = x + blocks.attend(block, x, self._size_bias(fuse, state), kwargs)
+        x = x + self._attend(number, x, state, kwargs)
         return x + blocks.feed(block, x)
 
-    def _size_bias(self, fuse: Any, state: CellState) -> Tensor | None:
-        if not (fuse.proportional and state.merged and state.sizes is not None):
-            return None
-        return state.sizes.log().repeat_interleave(self.spec.unit)
+    def _after_merges(self, number: int, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A block that does not merge, behind one that did: sizes still count in its attention."""
+        if self.state is None or not self.state.merged:
+            return original(x, *args, **kwargs)
+        x = x + self._attend(number, x, self.state, kwargs)
+        return x + self.spec.blocks.feed(self.spec.layers[number], x)
+
+    def _attend(self, number: int, x: Tensor, state: CellState, kwargs: dict[str, Any]) -> Tensor:
+        """The block's attention branch, every cell counted as often as it stands for original cells.
+
+        The towers take no mask, so with sizes to count the same projections and rotary embedding go through packed
+        attention with a key bias.
+        """
+        block, blocks = self.spec.layers[number], self.spec.blocks
+        fuse = self.fusions[0].fuse
+        if not (state.merged and state.sizes is not None and fuse is not None and fuse.proportional):
+            return blocks.attend(block, x, None, kwargs)
+        q, k, v = blocks.project(block, x)
+        cos, sin = (table.float() for table in kwargs["position_embeddings"])
+        q, k = (
+            rotate(t.float().transpose(0, 1)[None], cos[None], sin[None])[0].transpose(0, 1).to(v.dtype) for t in (q, k)
+        )
+        lengths = kwargs["cu_seqlens"].diff().tolist()
+        bias = state.sizes.log().repeat_interleave(self.spec.unit)
+        return blocks.output(block, kernels.packed_attention(q, k, v, lengths, scale=blocks.scale(block), bias=bias))
 
     def _merge(self, stage: Stage, number: int, x: Tensor, state: CellState) -> Tensor:
         """Merge inside every window (every frame where there are none), slot with slot."""

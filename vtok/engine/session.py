@@ -306,7 +306,7 @@ class Session:
         if self._started is not None:
             embeds = kwargs.get("inputs_embeds")
             self.timer.end("prefill", self._started, None if embeds is None else embeds.device)
-            self._started = None
+            self._started, self.timer = None, Timer()  # the run keeps its own; the next call starts at zero
         if not isinstance(run, Prefill) or output is None:
             return None
         cache = (

@@ -53,7 +53,7 @@ class Span:
         encoded: what the tower left of it.
         columns: (length,) prompt columns of its placeholders (they may lie in several runs).
         tail: real tokens after its last placeholder.
-        text_before: text stands between it and an earlier image of the same prompt.
+        text_before: text stands between it and an earlier image of the same prompt, or between its own frames.
     """
 
     sample: int
@@ -101,8 +101,8 @@ def locate(ids: Tensor, adapter: Adapter, encodings: Mapping[str, Encoding], rea
         for place, (_, encoded, columns) in enumerate(found):
             after = slice(columns[-1] + 1, None)
             tail = host.shape[1] - columns[-1] - 1 if real is None else int(real[sample, after].sum())
-            # a video's frames may have text between them: that is part of the medium
-            text_before = place > 0 and columns[0] > end
+            # text stands between this image and one before it, or (Qwen3-VL's time stamps) between a video's frames
+            text_before = (place > 0 and columns[0] > end) or columns[-1] - columns[0] >= len(columns)
             spans.append(Span(sample, place, encoded, torch.tensor(columns, device=ids.device), tail, text_before))
             end = columns[-1] + 1
     return spans
