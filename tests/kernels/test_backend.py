@@ -103,6 +103,9 @@ def calls(device="cpu"):
         "merge_attention": lambda: vk.merge_attention(vk.MergePlan(dst, 2), attn, sizes),
         "uniform": lambda: vk.uniform(9, 4, device),
         "uniform_grid": lambda: vk.uniform_grid(4, 4, 5, device),
+        "packed_attention": lambda: vk.packed_attention(
+            *(heads[0].transpose(0, 1) for _ in range(3)), [3, 5], scale=0.5, bias=rows[0]
+        ),
         "random": lambda: vk.random(9, 4, generator, device),
     }
 
