@@ -141,9 +141,7 @@ def show(
     model: Annotated[
         str, typer.Option(help="A folder with a model, or the name of a geometry with random weights.")
     ] = "tiny-llava",
-    method: Annotated[
-        str | None, typer.Option(help='A method, or several to compose: "divprune+random_deep".')
-    ] = None,
+    method: Annotated[str | None, typer.Option(help='A method, or several to compose: "divprune+random_deep".')] = None,
     keep: Annotated[
         str | None, typer.Option(help="Visual tokens per image, such as 64, or a share of them, such as 0.25.")
     ] = None,
@@ -172,6 +170,7 @@ def show(
         prompt=prompt,
         stages=stages,
         fit=fit,
+        bar=not as_json,
     )
     if as_json:
         _print_json({"picture": str(out), "model": model, "random_weights": random, **report.as_dict()})
@@ -192,7 +191,7 @@ def demo(
     from vtok.photo import opened
 
     _quiet()
-    rows = run(out, None if photo is None else opened(photo), repeats=repeats)
+    rows = run(out, None if photo is None else opened(photo), repeats=repeats, bar=not as_json)
     if as_json:
         _print_json([row.as_dict() for row in rows])
         return

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vtok
 from vtok.api import adapter_of, session_of
-from vtok.budget import smallest, target_tokens
+from vtok.budget import smallest, solve
 from vtok.errors import VtokError
 from vtok.geometry import geometry, inputs_of
 from vtok.progress import progress
@@ -214,10 +214,17 @@ def reachable(model: Any, tokens: int, keep: int | float) -> int | float:
     Only a chain that acts nowhere before the decoder has such a bound.
     """
     session = session_of(model)
-    if not session.profile.layers or any(method.site != "decoder" for method in session.methods):
+    profile, depth = session.profile, session.depth
+    if not profile.layers or any(method.site != "decoder" for method in session.methods):
         return keep
-    least = smallest(tokens, session.depth, session.profile)
-    return keep if target_tokens(keep, tokens) >= least else least
+    # rounding to whole tokens can put the first budget that works a little above the bound
+    for budget in (keep, *range(smallest(tokens, depth, profile), tokens)):
+        try:
+            solve(tokens, budget, depth, profile, has_entry=False)
+        except VtokError:
+            continue
+        return budget
+    return tokens
 
 
 @torch.no_grad()

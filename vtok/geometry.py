@@ -29,17 +29,30 @@ def geometry(
 ) -> Any:
     """A model of a known geometry in eval mode, with seeded random weights.
 
-    The weights keep activations at unit scale and make attention peaked, so costs and data-dependent cuts behave as in
-    a trained model; what the model says is noise.
+    The weights keep activations at unit scale and make attention peaked, so that half precision holds and selections
+    depend on the picture; what the model says is noise.
 
-    Args:
-        name: one of ``geometries()``: ``tiny-*`` run in seconds on a laptop; ``llava-0.5b`` has LLaVA-1.5's vision
-            side and a half-billion decoder; the others are the published sizes.
-        dtype: of the weights. device: where they are made (nothing passes through the host).
-        seed: of the weights.
+    Parameters
+    ----------
+    name : str
+        One of ``geometries()``: ``tiny-*`` run in seconds on a laptop; ``llava-0.5b`` has LLaVA-1.5's vision
+        side and a half-billion decoder; the others are the published sizes.
+    dtype : torch.dtype
+        Of the weights.
+    device : str or torch.device
+        Where they are made; nothing passes through the host.
+    seed : int
+        Of the weights.
 
-    Raises:
-        VtokError: unknown name.
+    Returns
+    -------
+    PreTrainedModel
+        A ``...ForConditionalGeneration`` of transformers.
+
+    Raises
+    ------
+    VtokError
+        Unknown name.
     """
     if name not in _CONFIGS:
         raise VtokError(f"there is no geometry {name!r}; known are {', '.join(_CONFIGS)}")
@@ -77,15 +90,28 @@ def inputs_of(
 ) -> dict[str, Tensor]:
     """A prompt around a picture, as the model's processor would give it, with random words.
 
-    Args:
-        model: any supported vision-language model, compressed or not.
-        image: the picture.
-        prompt_tokens: text tokens, half before the picture and half after it.
-        batch: repeat the sample so often.
-        seed: of the words.
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any supported vision-language model, compressed or not.
+    image : PIL.Image
+        The picture.
+    prompt_tokens : int
+        Text tokens, half before the picture and half after it.
+    batch : int
+        Repeat the sample so often.
+    seed : int
+        Of the words.
 
-    Raises:
-        VtokError: a bare vision transformer (it takes pixels alone), or fewer than one text token.
+    Returns
+    -------
+    dict of str to Tensor
+        Keyword arguments for ``model(...)`` and ``model.generate(...)``, on the model's device.
+
+    Raises
+    ------
+    VtokError
+        A bare vision transformer (it takes pixels alone), or fewer than one text token.
     """
     adapter = adapter_of(model)
     if adapter.base is None:

@@ -25,16 +25,24 @@ FORMAT = 1
 def save(model: nn.Module, folder: str | Path, *, weights: bool = True) -> Path:
     """Save a compressed model: its plain weights, and how it is compressed.
 
-    Args:
-        model: a model under ``vtok.compress``.
-        folder: made where missing.
-        weights: also save weights and model config (``save_pretrained``); without them the folder holds settings only.
+    Parameters
+    ----------
+    model : nn.Module
+        A model under ``vtok.compress``.
+    folder : str or Path
+        Made where missing.
+    weights : bool
+        Also save weights and model config (``save_pretrained``); without them the folder holds settings only.
 
-    Returns:
+    Returns
+    -------
+    Path
         The path of ``vtok_config.json``.
 
-    Raises:
-        VtokError: the model is not compressed, a method is not registered, or an option cannot be written as JSON.
+    Raises
+    ------
+    VtokError
+        The model is not compressed, a method is not registered, or an option cannot be written as JSON.
     """
     session = session_of(model)
     config = {
@@ -60,16 +68,24 @@ def save(model: nn.Module, folder: str | Path, *, weights: bool = True) -> Path:
 def load(folder: str | Path, *, model: nn.Module | None = None, **kw: Any) -> Any:
     """Load what ``save`` wrote and compress it in the same way.
 
-    Args:
-        folder: with ``vtok_config.json``, and weights unless ``model`` is given.
-        model: use this model instead of weights in the folder.
-        **kw: to ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation`` ...).
+    Parameters
+    ----------
+    folder : str or Path
+        With ``vtok_config.json``, and weights unless ``model`` is given.
+    model : nn.Module, optional
+        Use this model instead of weights in the folder.
+    **kw
+        To ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation`` ...).
 
-    Returns:
+    Returns
+    -------
+    nn.Module
         The compressed model.
 
-    Raises:
-        VtokError: a file is missing or damaged, a method is not registered, or the settings do not fit the model.
+    Raises
+    ------
+    VtokError
+        A file is missing or damaged, a method is not registered, or the settings do not fit the model.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -87,8 +103,10 @@ def load(folder: str | Path, *, model: nn.Module | None = None, **kw: Any) -> An
 def plain(folder: str | Path, **kw: Any) -> Any:
     """The uncompressed model of a local folder, by the class that its config names.
 
-    Raises:
-        VtokError: no such folder, no model in it, or one that transformers cannot load.
+    Raises
+    ------
+    VtokError
+        No such folder, no model in it, or one that transformers cannot load.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -115,8 +133,10 @@ def plain(folder: str | Path, **kw: Any) -> Any:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The checked contents of a folder's ``vtok_config.json``.
 
-    Raises:
-        VtokError: missing, not JSON, of another format, or incomplete.
+    Raises
+    ------
+    VtokError
+        Missing, not JSON, of another format, or incomplete.
     """
     path = Path(folder) / CONFIG
     if not path.parent.is_dir():

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from vtok.api import SESSION, compress, report
+from vtok.budget import check_keep
 from vtok.errors import VtokError
 from vtok.geometry import geometries, geometry, inputs_of
 from vtok.io import CONFIG, load, plain
+from vtok.progress import progress
 from vtok.report import Report
 from vtok.show import show
 
@@ -28,6 +30,7 @@ def of_file(
     prompt: str = "Describe the picture.",
     stages: bool = False,
     fit: str = "auto",
+    bar: bool = True,
 ) -> tuple[Report, bool]:
     """Prefill a photo and draw what was kept.
 
@@ -43,6 +46,8 @@ def of_file(
         The question, where the folder holds a processor; else random words stand around the picture.
     stages, fit
         As for ``vtok.show``.
+    bar : bool
+        Show a progress bar.
 
     Returns
     -------
@@ -55,6 +60,27 @@ def of_file(
         No such file, folder or geometry; anything ``vtok.compress`` refuses.
     """
     picture = opened(photo)
+    with progress("load, run, draw", 3, bar) as advance:
+        network, random = _network(model, methods, keep, options or {})
+        advance(1)
+        inputs = None if random else _processed(model, picture, prompt)
+        given = inputs_of(network, picture) if inputs is None else inputs.to(network.device, network.dtype)
+        with torch.no_grad():
+            network(**given, logits_to_keep=1)
+        made = report(network)
+        advance(1)
+        drawn = show(picture, made, stages=stages, fit=fit)
+    try:
+        drawn.save(out)
+    except (OSError, ValueError) as error:
+        raise VtokError(f"cannot write the picture {out}: {error}; give a name such as out.png") from error
+    return made, random
+
+
+def _network(
+    model: str, methods: Sequence[str] | None, keep: int | float | None, options: Mapping[str, Any]
+) -> tuple[Any, bool]:
+    """The compressed model, and whether its weights are random."""
     random = not Path(model).is_dir()
     if random and model not in geometries():
         raise VtokError(f"{model} is neither a folder nor one of the geometries {', '.join(geometries())}")
@@ -67,23 +93,12 @@ def of_file(
     session = network.__dict__.get(SESSION)
     if session is None or methods is not None:
         chain: Any = ["divprune"] if methods is None else list(methods)
-        given = {"keep": 64 if keep is None else keep, **(options or {})}
-        compress(network, chain[0] if len(chain) == 1 else chain, **given)
+        compress(network, chain[0] if len(chain) == 1 else chain, keep=64 if keep is None else keep, **options)
     elif options:
         raise VtokError(f"options {', '.join(options)} need a method; name it with --method")
     elif keep is not None:
-        session.keep = keep
-    inputs = None if random else _processed(model, picture, prompt)
-    with torch.no_grad():
-        network(**(inputs_of(network, picture) if inputs is None else inputs.to(network.dtype)), logits_to_keep=1)
-    made = report(network)
-    try:
-        show(picture, made, stages=stages, fit=fit).save(out)
-    except (OSError, ValueError) as error:
-        if isinstance(error, VtokError):
-            raise
-        raise VtokError(f"cannot write the picture {out}: {error}; give a name such as out.png") from error
-    return made, random
+        session.keep = check_keep(keep)
+    return network, random
 
 
 def opened(path: str | Path) -> Image.Image:

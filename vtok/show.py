@@ -26,9 +26,14 @@ RGB = tuple[int, int, int]
 class Panel:
     """One rectangle of tokens over one picture.
 
-    Attributes:
-        part: the rectangle. ``start``: index of its first token.
-        picture: what the rectangle saw, in RGB; every cell covers a whole number of its pixels.
+    Attributes
+    ----------
+    part : Part
+        The rectangle.
+    start : int
+        Index of its first token.
+    picture : PIL.Image
+        What the rectangle saw, in RGB; every cell covers a whole number of its pixels.
     """
 
     part: Part
@@ -63,20 +68,31 @@ def show(
     (the dot marks the patch whose place the merged token takes). An any-resolution image shows its thumbnail beside the
     tile grid, a video its frames side by side.
 
-    Args:
-        image: the picture, or the frames of a video (one picture stands for all frames).
-        report: of the prefill, from ``vtok.report(model)``.
-        sample: batch row.
-        image_index: which image of that sample.
-        stages: draw every stage side by side, with captions.
-        fit: how the model's processor brought the picture to the token grid: ``"crop"`` (centre crop), ``"pad"``,
-            ``"stretch"``, or ``"auto"``: what the family's own processor does.
+    Parameters
+    ----------
+    image : PIL.Image or sequence of PIL.Image
+        The picture, or the frames of a video (one picture stands for all frames).
+    report : Report
+        Of the prefill, from ``vtok.report(model)``.
+    sample : int
+        Batch row.
+    image_index : int
+        Which image of that sample.
+    stages : bool
+        Draw every stage side by side, with captions.
+    fit : str
+        How the model's processor brought the picture to the token grid: ``"crop"`` (centre crop), ``"pad"``,
+        ``"stretch"``, or ``"auto"``: what the family's own processor does.
 
-    Returns:
+    Returns
+    -------
+    PIL.Image
         A new RGB picture.
 
-    Raises:
-        VtokError: no such sample or image, or something that is no picture.
+    Raises
+    ------
+    VtokError
+        No such sample or image, or something that is no picture.
     """
     parts = _entry(report.parts, sample, image_index)
     if fit not in FITS:
@@ -101,14 +117,21 @@ def show(
 def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, width: int = 480) -> Image.Image:
     """Pictures in rows on white paper, each above its caption.
 
-    Args:
-        pictures: of any size; those wider or taller than ``width`` are shrunk to it, keeping their shape.
-        captions: one a picture.
-        columns: most pictures in a row.
-        width: of a column in pixels; a single column takes the pictures as they are.
+    Parameters
+    ----------
+    pictures : sequence of PIL.Image
+        Of any size; those wider or taller than ``width`` are shrunk to it, keeping their shape.
+    captions : sequence of str
+        One a picture.
+    columns : int
+        Most pictures in a row.
+    width : int
+        Of a column in pixels; a single column takes the pictures as they are.
 
-    Raises:
-        VtokError: no picture, or not as many captions as pictures.
+    Raises
+    ------
+    VtokError
+        No picture, or not as many captions as pictures.
     """
     if not pictures or len(pictures) != len(captions):
         raise VtokError(f"{len(pictures)} pictures and {len(captions)} captions make no sheet; give one caption each")

@@ -19,8 +19,14 @@ from vtok.bench.measure import machine
 from vtok.errors import VtokError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDTH = 168
-"""Columns of the table where the output is no terminal, such as a log."""
+WIDTH = 176
+"""Columns that the whole table takes, also where the output is no terminal."""
+LEGEND = (
+    "Milliseconds, medians (smallest, largest). encode, select: parts of the prefill; decode: a further token; MB: memory "
+    "of the prefill on top of weights and inputs. Ratios are of prefills within a repetition. of ceiling: against random "
+    "pruning with the same cuts (sites, layers, counts); of input random: against random pruning in front of the "
+    "decoder with the same average. 1 is as fast as random; the row random shows the noise."
+)
 
 
 def command(
@@ -80,48 +86,41 @@ def command(
 
 
 def show(rows: Sequence[Row], setting: Mapping[str, Any], console: Console) -> None:
-    """Print the rows as a table, and what there is to say about them below."""
-    table = Table(
-        title=", ".join(f"{key} {value}" for key, value in setting.items()),
-        caption="medians (smallest to largest) of paired repetitions; ceiling: prefill of random pruning with the same "
-        "cuts / of random pruning at the input with the same average, over the method's",
-    )
-    columns = ("contender", "keep", "average", "MAC", "encode ms", "select ms", "prefill ms", "decode ms", "peak MB")
-    for number, column in enumerate((*columns, "speed-up", "of ceiling", "of input random")):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    """Print the rows as a table, and what there is to say about them below. Narrow terminals get medians only."""
+    ranges = console.width >= WIDTH
+    table = Table(title="  ".join(f"{key}: {value}" for key, value in setting.items()), title_justify="left")
+    columns = ("", "keep", "average", "MACs", "encode", "select", "prefill", "decode", "MB", "speed-up", "of ceiling")
+    for number, column in enumerate((*columns, "of input random")):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0)
     for row in rows:
         if row.role == "refused":
             continue
-        style = "dim" if row.role == "ceiling" else "bold" if row.role == "plain" else None
         table.add_row(
             row.name,
             "" if row.keep is None else f"{row.keep:g}",
             f"{row.average_tokens:.1f}",
             f"{row.mac_ratio:.3f}",
-            _ms(row.ms("encode")),
-            _ms(row.ms("select")),
-            _range(row.ms("prefill"), ".0f"),
-            _ms(row.ms("decode")),
+            _range(row.ms("encode"), ".1f"),
+            _range(row.ms("select"), ".1f"),
+            _range(row.ms("prefill"), ".0f", ranges),
+            _range(row.ms("decode"), ".1f"),
             f"{row.peak_mb:.0f}",
-            _range(row.speedup, ".2f"),
-            _range(row.share, ".2f"),
-            _range(row.share_at_input, ".2f"),
-            style=style,
+            _range(row.speedup, ".2f", ranges),
+            _range(row.share, ".2f", ranges),
+            _range(row.share_at_input, ".2f", ranges),
+            style={"ceiling": "dim", "plain": "bold"}.get(row.role),
         )
     console.print(table)
+    console.print(LEGEND, highlight=False)
     for row in rows:
         if row.note:
             console.print(f"{'refused: ' if row.role == 'refused' else ''}{row.note}", highlight=False)
 
 
-def _ms(spread: Spread | None) -> str:
-    return "" if spread is None else f"{spread.median:.1f}"
-
-
-def _range(spread: Spread | None, spec: str) -> str:
+def _range(spread: Spread | None, spec: str, whole: bool = False) -> str:
     if spread is None:
         return ""
-    return f"{spread.median:{spec}} ({spread.low:{spec}}-{spread.high:{spec}})"
+    return f"{spread.median:{spec}}" + (f" ({spread.low:{spec}} {spread.high:{spec}})" if whole else "")
 
 
 def _names(text: str, model: Any) -> list[str | list[str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from vtok.engine.host import on_device
 from vtok.engine.prefill import Prefill
 from vtok.protocol import Adapter
 
@@ -46,7 +47,7 @@ class CacheState:
                 segment.layer,
                 segment.mask,
                 segment.width,
-                torch.tensor(segment.dropped, device=segment.device)[:, None],
+                on_device(segment.dropped, segment.device)[:, None],
             )
             for segment in prefill.segments[prefill._first :]
         ]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import vtok_kernels as kernels
 from vtok.engine.dense_fusing import DenseFusing
 from vtok.engine.dense_output import DenseOutput
+from vtok.engine.host import host_sizes
 from vtok.engine.tiles import TileState
-from vtok.engine.towers import Tower, Wrapped, host_sizes
+from vtok.engine.towers import Tower, Wrapped
 from vtok.errors import VtokError
 from vtok.view import Selection, Stage, TowerView
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vtok_kernels as kernels
+from vtok.engine.host import on_device
 from vtok.engine.spans import Encoded
 from vtok.engine.tiles import TileState
 from vtok.engine.towers import distribute
@@ -206,9 +207,7 @@ class DenseOutput:
         newlines = newline_mask(medium).to(features.device)
         scaled = torch.where(newlines[:, None], features, scaled)
         if isinstance(output.pooler_output, Tensor):
-            output.pooler_output = output.pooler_output.index_put(
-                (torch.tensor(number, device=features.device),), scaled
-            )
+            output.pooler_output = output.pooler_output.index_put((on_device(number, features.device),), scaled)
         else:
             output.pooler_output = [scaled if i == number else own for i, own in enumerate(output.pooler_output)]
         return Encoded(medium, count, tokens)

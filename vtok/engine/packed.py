@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import vtok_kernels as kernels
 from vtok.engine.cells import CellState
+from vtok.engine.host import host_sizes, on_device
 from vtok.engine.packed_fusing import PackedFusing
 from vtok.engine.rows import rotate
 from vtok.engine.spans import Encoded
-from vtok.engine.towers import Tower, Wrapped, distribute, host_sizes
+from vtok.engine.towers import Tower, Wrapped, distribute
 from vtok.errors import VtokError
 from vtok.protocol import Medium
 from vtok.view import Selection, Stage, TowerView
@@ -106,7 +107,7 @@ class PackedTower(PackedFusing, Tower):
     def _bounds(self, number: int, state: CellState, given: Tensor) -> Tensor:
         full = self.spec.full_layers
         if full is None or number in full:
-            lengths = torch.tensor([count for count in state.counts if count], device=given.device)
+            lengths = on_device([count for count in state.counts if count], given.device)
         else:
             lengths = torch.unique_consecutive(state.window[state.cells], return_counts=True)[1]
         ends = (lengths * self.spec.unit).cumsum(0)
@@ -122,7 +123,7 @@ class PackedTower(PackedFusing, Tower):
 
     def _rows(self, state: CellState, count: int, frames: list[int], device: Any) -> Tensor:
         """(G, count) rows of these frames in the current sequence of cells."""
-        starts = torch.tensor([state.frames()[frame][0] for frame in frames], device=device)
+        starts = on_device([state.frames()[frame][0] for frame in frames], device)
         return starts[:, None] + torch.arange(count, device=device)
 
     def _patches(self, rows: Tensor) -> Tensor:

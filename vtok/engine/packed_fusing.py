@@ -11,6 +11,7 @@ from torch import Tensor
 
 import vtok_kernels as kernels
 from vtok.engine.cells import CellState
+from vtok.engine.host import on_device
 from vtok.engine.rows import rotate
 from vtok.engine.towers import distribute, merge_goal, received
 from vtok.view import Stage, TowerView
@@ -100,9 +101,7 @@ class PackedFusing:
         for (length, goal), segments in together.items():
             if goal >= length:
                 continue
-            rows = torch.tensor([starts[s] for s in segments], device=x.device)[:, None] + torch.arange(
-                length, device=x.device
-            )
+            rows = on_device([starts[s] for s in segments], x.device)[:, None] + torch.arange(length, device=x.device)
             view = self._fusion_view(number, x, state, rows, goal)
             plan = fuse.match(view, length - goal)
             if fuse.weights is not None:

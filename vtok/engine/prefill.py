@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask
 import vtok_kernels as kernels
 from vtok.budget import Counts
 from vtok.engine import rows
+from vtok.engine.host import on_device
 from vtok.engine.segments import Segment
 from vtok.engine.spans import Span
 from vtok.engine.timing import Timer
@@ -288,7 +289,7 @@ class Prefill:
         merged: dict[int, Tensor] = {}
         for (_, count, parts, base, has_saliency), numbers in together.items():
             columns = torch.stack([segment.columns[number] for number in numbers])
-            samples = torch.tensor([self.spans[number].sample for number in numbers], device=columns.device)
+            samples = on_device([self.spans[number].sample for number in numbers], columns.device)
             tokens = torch.stack([segment.tokens[number] for number in numbers])
             common: dict[str, Any] = {
                 "features": x[samples.to(x.device)[:, None], columns.to(x.device)],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vtok_kernels as kernels
+from vtok.engine.host import on_device
 from vtok.engine.segments import Segment
 from vtok.engine.spans import Span
 from vtok.view import DecoderView
@@ -82,7 +83,7 @@ class Rows:
             to_text = (to_text * text).sum(1)
         else:
             to_text = torch.zeros_like(to_visual)  # causal, and no text stands between images: nothing to see
-        samples = torch.tensor([self.spans[number].sample for number in view.spans], device=visual.device)
+        samples = on_device([self.spans[number].sample for number in view.spans], visual.device)
         return to_visual[samples], to_text[samples]
 
     def visual(self) -> Tensor:
@@ -98,7 +99,7 @@ class Rows:
 
     def _where(self, view: DecoderView) -> tuple[Tensor, Tensor]:
         columns = torch.stack([self.segment.columns[number] for number in view.spans]).to(self.hidden.device)
-        samples = torch.tensor([self.spans[number].sample for number in view.spans], device=columns.device)
+        samples = on_device([self.spans[number].sample for number in view.spans], columns.device)
         return samples[:, None].expand_as(columns), columns
 
     def _real(self) -> Tensor | None:
@@ -107,7 +108,7 @@ class Rows:
     def _query_mask(self, rows: str, count: int) -> Tensor | None:
         if rows == "last":
             return None
-        tails = torch.tensor(tail_lengths(self.segment, self.spans), device=self.hidden.device)
+        tails = on_device(tail_lengths(self.segment, self.spans), self.hidden.device)
         return torch.arange(count, 0, -1, device=self.hidden.device)[None] <= tails[:, None]
 
     def _query_positions(self, count: int) -> Tensor:

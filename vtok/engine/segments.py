@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import vtok_kernels as kernels
+from vtok.engine.host import on_device
 
 
 @dataclass
@@ -106,7 +107,7 @@ class Segment:
             columns[number], tokens[number] = standing, tokens[number][chosen]
         relative, mask = kernels.left_compact(keep, width)
         rank = keep.cumsum(1)
-        starts = torch.tensor([width - size - 1 for size in lengths], device=device)
+        starts = on_device([width - size - 1 for size in lengths], device)
         columns = [rank[sample][column] + starts[sample] for sample, column in zip(samples, columns, strict=True)]
         lost = (real & ~keep).cumsum(1).gather(1, relative)
         return Segment(
@@ -145,6 +146,6 @@ class Segment:
         """(B, W, D) to (B, L, D): every prompt column gets its own row, a dropped one that of the last survivor before
         it (so that the token after an image is predicted from the last token that was really there)."""
         rank = self.kept().cumsum(1)
-        start = torch.tensor([self.width - size - 1 for size in self.lengths], device=self.device)
+        start = on_device([self.width - size - 1 for size in self.lengths], self.device)
         column = (rank + start[:, None]).clamp_min(0).to(x.device)
         return kernels.gather_tokens(x, column)

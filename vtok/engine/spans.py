@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from vtok.engine.host import on_device
 from vtok.errors import VtokError
 from vtok.protocol import Adapter, Medium
 
@@ -103,7 +103,7 @@ def locate(ids: Tensor, adapter: Adapter, encodings: Mapping[str, Encoding], rea
             tail = host.shape[1] - columns[-1] - 1 if real is None else int(real[sample, after].sum())
             # text stands between this image and one before it, or (Qwen3-VL's time stamps) between a video's frames
             text_before = (place > 0 and columns[0] > end) or columns[-1] - columns[0] >= len(columns)
-            spans.append(Span(sample, place, encoded, torch.tensor(columns, device=ids.device), tail, text_before))
+            spans.append(Span(sample, place, encoded, on_device(columns, ids.device), tail, text_before))
             end = columns[-1] + 1
     return spans
 

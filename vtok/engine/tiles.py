@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vtok.engine.host import on_device
+
 
 @dataclass
 class TileState:
@@ -44,7 +46,7 @@ class TileState:
 
     def real(self) -> Tensor:
         """(B, n) bool: slots that hold a token."""
-        counts = torch.tensor(self.counts, device=self.tokens.device)
+        counts = on_device(self.counts, self.tokens.device)
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)[None] < counts[:, None]
 
     def kept(self) -> Tensor:

@@ -111,11 +111,6 @@ def distribute(total: int, weights: Sequence[int]) -> list[int]:
     return parts
 
 
-def host_sizes(mask: Tensor) -> list[int]:
-    """Row sums on the host: the synchronisation that a data-dependent length needs."""
-    return torch.as_tensor(mask.sum(1)).tolist()
-
-
 def merge_goal(count: int, target: int, later: int, even: bool) -> int:
     """Tokens that one of ``later`` remaining merges should leave.
 
