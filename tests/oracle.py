@@ -110,11 +110,12 @@ def masked(
     text = text_model(model)
     handles = []
     rows_of = hidden[0].shape[0]
+    assert prompt is None or prompt.merged is not None
 
     def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        assert prompt is not None and prompt.merged is not None
-        if kwargs["inputs_embeds"].shape == prompt.merged.shape:
-            kwargs = {**kwargs, "inputs_embeds": prompt.merged}
+        copies, length = kwargs["inputs_embeds"].shape[0] // rows_of, prompt.merged.shape[1]
+        if kwargs["inputs_embeds"].shape[1] == length:
+            kwargs = {**kwargs, "inputs_embeds": prompt.merged.repeat_interleave(copies, 0)}
             if prompt.planes is not None:
                 kwargs["deepstack_visual_embeds"] = prompt.planes
         return args, kwargs

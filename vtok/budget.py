@@ -51,10 +51,11 @@ class Profile:
             total, seen, share = total + (layer - seen) * share, layer, next_share
         return (total + (depth - seen) * share) / depth
 
-    def soften(self, depth: int, goal: float) -> tuple[float, ...] | None:
+    def soften(self, depth: int, goal: float, least: float = 0.0) -> tuple[float, ...] | None:
         """Shares raised to one common power so that the average becomes ``goal``; ``None`` if no power reaches it.
 
-        A power keeps the method's own shape: 1 is the published schedule, above 1 cuts harder, below 1 softer.
+        A power keeps the method's own shape: 1 is the published schedule, above 1 cuts harder, below 1 softer. No share
+        falls below ``least``, the share that the smallest allowed cut is.
         """
         if goal >= 1.0:
             return (1.0,) * len(self.shares)
@@ -63,11 +64,11 @@ class Profile:
         low, high = 0.0, 64.0
         for _ in range(60):
             middle = (low + high) / 2
-            if self.average(depth, [share**middle for share in self.shares]) > goal:
+            if self.average(depth, [max(share**middle, least) for share in self.shares]) > goal:
                 low = middle
             else:
                 high = middle
-        shares = tuple(share**high for share in self.shares)
+        shares = tuple(max(share**high, least) for share in self.shares)
         return shares if self.average(depth, shares) <= goal * 1.001 + 1e-9 else None
 
 
@@ -101,7 +102,7 @@ def solve(tokens: int, keep: int | float, depth: int, profile: Profile, has_entr
         entry = max(1, min(tokens, round(goal / profile.average(depth))))
         shares = profile.shares
     else:
-        shares = profile.soften(depth, goal / tokens)
+        shares = profile.soften(depth, goal / tokens, profile.floor / tokens)
     if shares is None:
         raise VtokError(unreachable(name, tokens, depth, profile))
     cuts = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,7 +171,6 @@ def show(
         prompt=prompt,
         stages=stages,
         fit=fit,
-        bar=not as_json,
     )
     if as_json:
         _print_json({"picture": str(out), "model": model, "random_weights": random, **report.as_dict()})
@@ -183,6 +183,8 @@ def show(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo_output"),
     photo: Annotated[Path | None, typer.Option(help="A picture of your own instead of scikit-image's.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Only this model; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method; repeatable.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Paired timings of each method.")] = 3,
     as_json: JSON = False,
 ) -> None:
@@ -191,12 +193,13 @@ def demo(
     from vtok.photo import opened
 
     _quiet()
-    rows = run(out, None if photo is None else opened(photo), repeats=repeats, bar=not as_json)
+    models = model or list(MODELS)
+    rows = run(out, None if photo is None else opened(photo), models=models, methods=method, repeats=repeats)
     if as_json:
         _print_json([row.as_dict() for row in rows])
         return
     console = Console()
-    for name in MODELS:
+    for name in models:
         mine = [row for row in rows if row.model == name]
         title = f"{name}: random weights, so counts and times are real and answers are noise"
         console.print(title, style="bold", highlight=False)
@@ -242,6 +245,8 @@ def _option(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise VtokError(f"--option {text} is not of the form name=value, such as k=3")
+    if name == "keep":
+        raise VtokError("the budget is no option of a method; give it as --keep")
     try:
         parsed = json.loads(value)
     except ValueError:
@@ -250,10 +255,12 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _quiet() -> None:
-    """The library's remarks on random little models would bury the table."""
+    """The library's remarks on random little models would bury the table, and its bars a log file."""
     import transformers
 
     transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
 
 
 def _print_json(value: Any) -> None:

@@ -123,9 +123,10 @@ def run(
     list of Row
         In order of models and methods.
     """
-    unknown = [name for name in models if name not in MODELS]
-    if unknown:
-        raise VtokError(f"the demo has no model {', '.join(unknown)}; it has {', '.join(MODELS)}")
+    for what, names, known in (("model", models, list(MODELS)), ("method", methods or (), vtok.methods())):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise VtokError(f"the demo has no {what} {', '.join(unknown)}; it has {', '.join(known)}")
     pictures = {name: (photo or photograph(MODELS[name][0])).convert("RGB") for name in models}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

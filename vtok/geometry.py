@@ -40,7 +40,7 @@ def geometry(
     dtype : torch.dtype
         Of the weights.
     device : str or torch.device
-        Where they are made; nothing passes through the host.
+        Where they are made; nothing passes through the host. ``"meta"`` gives shapes without weights.
     seed : int
         Of the weights.
 
@@ -58,7 +58,9 @@ def geometry(
         raise VtokError(f"there is no geometry {name!r}; known are {', '.join(_CONFIGS)}")
     kind, config = _CONFIGS[name]()
     cls = getattr(transformers, f"{kind}ForConditionalGeneration")
-    with torch.device(device), _without_init():
+    place = torch.device(device)
+    # constructors draw a few weights from the global generator, which is the caller's
+    with torch.random.fork_rng([place] if place.type == "cuda" else []), place, _without_init():
         model = cls._from_config(getattr(transformers, f"{kind}Config")(**config), dtype=dtype)
     randomize(model, seed)
     model.generation_config.eos_token_id = None  # random text never ends
@@ -71,6 +73,8 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     """Fill a model's parameters with noise that keeps activations at unit scale and attention peaked."""
     generator: torch.Generator | None = None
     for name, weight in model.named_parameters():
+        if weight.is_meta:
+            return
         if generator is None:
             generator = torch.Generator(weight.device).manual_seed(seed)
         weight.normal_(generator=generator)

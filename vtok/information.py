@@ -7,21 +7,18 @@ measures the removal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
-import vtok_kernels as kernels
 from vtok.api import adapter_of, compressed, session_of
+from vtok.engine.trace import Trace, recorded, windows
 from vtok.errors import VtokError
 from vtok.progress import progress as progress_bar
-from vtok.protocol import Adapter, Part
+from vtok.protocol import Adapter
 
 EPSILON = 0.01
 
@@ -83,7 +80,7 @@ class Information:
         return [part.view(grid) for part, grid in zip(parts, self.grids, strict=True)]
 
     def __str__(self) -> str:
-        rows = [("layer", "p(text)", "mean I", "std I", "max |I|", "best unit")]
+        rows: list[tuple[str, ...]] = [("layer", "p(text)", "mean I", "std I", "max |I|", "best unit")]
         for layer, own in sorted(self.values.items()):
             numbers = (self.text[layer], float(own.mean()), float(own.std(correction=0)), float(own.abs().max()))
             rows.append((str(layer), *(f"{number:.4f}" for number in numbers), str(int(own.abs().argmax()))))
@@ -91,8 +88,8 @@ class Information:
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         found = self.horizon()
         where = f"layer {found} of {self.depth}" if found < self.depth else "behind the last layer"
-        head = f"p(answer) {self.full:.4f} with all visual tokens; {len(self.cells)} units; horizon ({EPSILON:g}): {where}"
-        return "\n".join((head, *lines))
+        head = f"p(answer) {self.full:.4f} with all visual tokens, {len(self.cells)} units"
+        return "\n".join((head, *lines, f"horizon ({EPSILON:g}): {where}"))
 
 
 def information(
@@ -137,12 +134,12 @@ def information(
     """
     adapter = adapter_of(model)
     if adapter.text is None or model.get_output_embeddings() is None:  # type: ignore[operator]
-        raise VtokError(f"{type(model).__name__} gives no next-token probabilities; pass the model with its language head")
+        raise VtokError(f"{type(model).__name__} predicts no token; pass the model with its language head")
     if mode not in ("in", "out", "both"):
         raise VtokError(f'mode={mode!r} is unknown; take "in", "out" or "both"')
     if unit < 1 or batch_size < 1:
         raise VtokError(f"unit={unit} and batch_size={batch_size} must be at least 1")
-    depth = len(adapter.text.layers)  # type: ignore[arg-type]
+    depth = len(adapter.text.layers)
     asked = list(range(depth)) if layers is None else [int(layer) for layer in layers]
     if not asked or min(asked) < 0 or max(asked) >= depth:
         raise VtokError(f"layers={layers} are not all layers of this decoder, which has 0 to {depth - 1}")
@@ -203,81 +200,9 @@ def calibrate(
     return deepest
 
 
-@dataclass
-class _Trace:
-    """One plain prefill, as every asked layer saw it, and the columns that variants of it consist of.
-
-    ``hidden[i]`` (1, L, D) and ``rotary[i]`` enter layer i; ``planes`` (1, L, D) are added after the first layers.
-    """
-
-    adapter: Adapter
-    head: Any
-    answer: int
-    full: float
-    hidden: dict[int, Tensor]
-    rotary: dict[int, tuple[Tensor, Tensor]]
-    planes: list[Tensor]
-    real: Tensor
-    visual: Tensor
-    cells: list[Tensor]
-    tokens: tuple[Tensor, ...]
-    images: tuple[int, ...]
-    grids: tuple[tuple[int, int], ...]
-
-    def with_only(self, cell: Tensor | None) -> Tensor:
-        """Columns of the text and of one unit."""
-        keep = self.real & ~self.visual
-        if cell is not None:
-            keep[cell] = True
-        return keep.nonzero().flatten()
-
-    def lacking(self, cell: Tensor) -> Tensor:
-        """Columns of everything but one unit."""
-        keep = self.real.clone()
-        keep[cell] = False
-        return keep.nonzero().flatten()
-
-    def probabilities(
-        self, layer: int, variants: Sequence[Tensor], batch_size: int, advance: Callable[[int], None]
-    ) -> Tensor:
-        """(variants,) probability of the answer when the layers from ``layer`` on see these columns only.
-
-        Variants of one length run together, so none needs padding.
-        """
-        together: dict[int, list[int]] = {}
-        for number, columns in enumerate(variants):
-            together.setdefault(len(columns), []).append(number)
-        found = torch.zeros(len(variants))
-        for numbers in together.values():
-            for start in range(0, len(numbers), batch_size):
-                batch = numbers[start : start + batch_size]
-                found[batch] = self._replay(layer, torch.stack([variants[number] for number in batch]))
-                advance(len(batch))
-        return found
-
-    def _replay(self, first: int, index: Tensor) -> Tensor:
-        text: Any = self.adapter.text
-        hidden = _gather(self.hidden[first], index)
-        rotary = tuple(_gather(part, index) for part in self.rotary[first])
-        mask = create_causal_mask(
-            config=text.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
-        )
-        for number in range(first, len(text.layers)):
-            hidden = text.layers[number](hidden, attention_mask=mask, position_embeddings=rotary)
-            if number < len(self.planes):
-                hidden = hidden + _gather(self.planes[number], index).to(hidden.device)
-        logits = self.head(text.norm(hidden[:, -1:]))[:, 0]
-        return logits.float().softmax(-1)[:, self.answer].cpu()
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """(1, L, D) to (B, W, D)."""
-    return kernels.gather_tokens(x.expand(index.shape[0], *x.shape[1:]), index.to(x.device))
-
-
 def _trace(
     model: Any, adapter: Adapter, inputs: Mapping[str, Any], answer: int, asked: Sequence[int], unit: int
-) -> _Trace:
+) -> Trace:
     """Run the plain model once. The engine, told to keep everything, says where the visual tokens are."""
     ids = inputs["input_ids"]
     if ids.shape[0] != 1:
@@ -286,7 +211,7 @@ def _trace(
     mask = torch.ones_like(ids) if mask is None else mask
     real = mask[0].bool()
     last = int(real.nonzero()[-1])
-    with compressed(model, "random", keep=1.0), _recorded(adapter, asked) as record:
+    with compressed(model, "random", keep=1.0), recorded(adapter, asked) as record:
         call = {**inputs, "attention_mask": mask, "use_cache": False, "return_dict": True}
         logits = model(**call, logits_to_keep=torch.tensor([last], device=ids.device)).logits
         run = session_of(model).last
@@ -305,57 +230,7 @@ def _trace(
         tokens += own
         images += [span.place] * len(own)
         grids += shapes
-    return _Trace(
+    return Trace(
         adapter, model.get_output_embeddings(), answer, full, record.hidden, record.rotary, record.planes,
         real, visual, columns, tuple(tokens), tuple(images), tuple(grids),
     )  # fmt: skip
-
-
-def windows(parts: Sequence[Part], unit: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """Token indices of every ``unit`` x ``unit`` window of an image's rectangles, and the windows' grid per rectangle.
-
-    Windows at the right and lower edge are smaller where the sides do not divide; newline tokens belong to none.
-    """
-    cells, grids, start = [], [], 0
-    for part in parts:
-        row = part.width + (part.newlines if part.per_row else 0)
-        grid = start + torch.arange(part.height)[:, None] * row + torch.arange(part.width)
-        bands = grid.split(unit, dim=0)
-        cells += [window.flatten() for band in bands for window in band.split(unit, dim=1)]
-        grids.append((len(bands), -(-part.width // unit)))
-        start += part.length
-    return cells, grids
-
-
-@dataclass
-class _Record:
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    planes: list[Tensor] = field(default_factory=list)
-
-    def layer(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.hidden[number] = args[0] if args else kwargs["hidden_states"]
-        self.rotary[number] = kwargs["position_embeddings"]
-
-    def text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Qwen3-VL's DeepStack planes, laid out over the prompt."""
-        where = kwargs.get("visual_pos_masks")
-        for plane in kwargs.get("deepstack_visual_embeds") or ():
-            dense = plane.new_zeros(*where.shape, plane.shape[-1])
-            self.planes.append(dense.index_put(where.to(plane.device).nonzero(as_tuple=True), plane))
-
-
-@contextmanager
-def _recorded(adapter: Adapter, asked: Sequence[int]) -> Iterator[_Record]:
-    """Record what enters the asked layers, for a block."""
-    record, text = _Record(), adapter.text
-    assert text is not None
-    handles = [text.register_forward_pre_hook(record.text, with_kwargs=True)]
-    for number in set(asked):
-        layer: nn.Module = text.layers[number]  # type: ignore[index, assignment]
-        handles.append(layer.register_forward_pre_hook(partial(record.layer, number), with_kwargs=True))
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()

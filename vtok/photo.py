@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vtok.api import SESSION, compress, report
+from vtok.api import compress, report, session_of
 from vtok.budget import check_keep
 from vtok.errors import VtokError
 from vtok.geometry import geometries, geometry, inputs_of
 from vtok.io import CONFIG, load, plain
+from vtok.method import resolve
 from vtok.progress import progress
 from vtok.report import Report
 from vtok.show import show
@@ -84,21 +85,18 @@ def _network(
     random = not Path(model).is_dir()
     if random and model not in geometries():
         raise VtokError(f"{model} is neither a folder nor one of the geometries {', '.join(geometries())}")
-    if random:
-        network = geometry(model)
-    elif methods is None and (Path(model) / CONFIG).is_file():
+    saved = methods is None and not random and (Path(model) / CONFIG).is_file()
+    if saved:
+        if options:
+            raise VtokError(f"options {', '.join(options)} need a method; name it with --method")
         network = load(model)
-    else:
-        network = plain(model)
-    session = network.__dict__.get(SESSION)
-    if session is None or methods is not None:
-        chain: Any = ["divprune"] if methods is None else list(methods)
-        compress(network, chain[0] if len(chain) == 1 else chain, keep=64 if keep is None else keep, **options)
-    elif options:
-        raise VtokError(f"options {', '.join(options)} need a method; name it with --method")
-    elif keep is not None:
-        session.keep = check_keep(keep)
-    return network, random
+        if keep is not None:
+            session_of(network).keep = check_keep(keep)
+        return network, random
+    names = methods or ["divprune"]
+    chain = resolve(names[0] if len(names) == 1 else names, options)  # a wrong name need not wait for the weights
+    network = geometry(model) if random else plain(model)
+    return compress(network, chain, keep=64 if keep is None else keep), random
 
 
 def opened(path: str | Path) -> Image.Image:

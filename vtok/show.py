@@ -137,7 +137,9 @@ def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int
         raise VtokError(f"{len(pictures)} pictures and {len(captions)} captions make no sheet; give one caption each")
     columns = max(1, min(columns, len(pictures)))
     if columns > 1:
-        pictures = [ImageOps.contain(picture, (width, width), Image.Resampling.LANCZOS) for picture in pictures]
+        pictures = [picture.copy() for picture in pictures]
+        for picture in pictures:
+            picture.thumbnail((width, width), Image.Resampling.LANCZOS)
     across = max(picture.width for picture in pictures)
     font = ImageFont.load_default(size=max(12, min(20, across // 26)))
     captions = [_shorten(caption, font, across) for caption in captions]
@@ -261,7 +263,7 @@ def _owners(kept: set[int], groups: Sequence[Sequence[int]] | None) -> tuple[dic
 
 def _colour(number: int) -> RGB:
     """Steps of the golden angle around the colour circle, in three strengths: neighbours in number are far apart."""
-    hue = (0.08 + number * (3 - math.sqrt(5)) / 2) % 1.0
+    hue = (0.55 + number * (3 - math.sqrt(5)) / 2) % 1.0
     saturation, value = ((0.85, 1.0), (0.55, 1.0), (0.9, 0.75))[number % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -297,7 +299,7 @@ def _borders(canvas: Image.Image, panel: Panel, kept: set[int], owner: Mapping[i
     for token, column, row in panel.cells():
         if token in standing and min(width, height) >= 10:
             middle, centre = column * width + width // 2, row * height + height // 2
-            radius = min(width, height) // 5
+            radius = min(6, min(width, height) // 5)
             box = (middle - radius, centre - radius, middle + radius, centre + radius)
             marks.ellipse(box, fill=PAPER, outline=INK)
     canvas.paste(Image.new("RGB", canvas.size, LINE), mask=lines)

@@ -28,7 +28,7 @@ def watched(method: Method, log: Log) -> Method:
 
     def stages(shape: Shape) -> tuple[Stage, ...]:
         return tuple(
-            stage if stage.select is None else dataclasses.replace(stage, select=_noting(stage.select, log.setdefault(i, [])))
+            stage if stage.select is None else dataclasses.replace(stage, select=_noting(stage.select, log, i))
             for i, stage in enumerate(method.stages(shape))
         )
 
@@ -75,7 +75,9 @@ def _with_stages(method: Method, stages: Callable[[Shape], Sequence[Stage]]) -> 
     return clone
 
 
-def _noting(select: Callable[[Any, int], Any], calls: list[list[int]]) -> Callable[[Any, int], Any]:
+def _noting(select: Callable[[Any, int], Any], log: Log, stage: int) -> Callable[[Any, int], Any]:
+    calls = log.setdefault(stage, [])
+
     def noted(view: Any, count: int) -> Any:
         answer = select(view, count)
         indices = answer.indices if isinstance(answer, Selection) else answer

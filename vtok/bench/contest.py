@@ -62,7 +62,7 @@ class Row:
         Multiply-accumulates of the decoder's prefill on visual tokens, relative to the plain model.
     times : dict of str to list of float
         Milliseconds of every repetition: ``encode`` (pixels to features), ``select`` (what methods at the input and
-        decoder sites take), ``prefill`` (pixels to the first logits, both others included), ``decode`` (a further token).
+        decoder sites take), ``prefill`` (pixels to the first logits, these two included), ``decode`` (a further token).
     peak_mb : float
         Memory of the prefill on top of weights and inputs.
     same_cuts, at_input : str

@@ -151,9 +151,7 @@ def _timed_encode(adapter: Adapter) -> Iterator[Timer]:
             item.remove()
 
 
-def _timed(
-    timer: Timer, device: torch.device, running: list[bool], original: Any, *args: Any, **kwargs: Any
-) -> Any:
+def _timed(timer: Timer, device: torch.device, running: list[bool], original: Any, *args: Any, **kwargs: Any) -> Any:
     if running[0]:  # Qwen3-VL encodes a video through get_image_features
         return original(*args, **kwargs)
     start, running[0] = timer.begin(device), True

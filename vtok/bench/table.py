@@ -22,10 +22,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH = 176
 """Columns that the whole table takes, also where the output is no terminal."""
 LEGEND = (
-    "Milliseconds, medians (smallest, largest). encode, select: parts of the prefill; decode: a further token; MB: memory "
-    "of the prefill on top of weights and inputs. Ratios are of prefills within a repetition. of ceiling: against random "
-    "pruning with the same cuts (sites, layers, counts); of input random: against random pruning in front of the "
-    "decoder with the same average. 1 is as fast as random; the row random shows the noise."
+    "Milliseconds, medians (smallest, largest). encode, select: parts of the prefill; decode: a further token; MB: "
+    "memory of the prefill on top of weights and inputs. Ratios are of prefills within a repetition. of ceiling: "
+    "against random pruning with the same cuts (sites, layers, counts); of input random: against random pruning in "
+    "front of the decoder with the same average. 1 is as fast as random; the row random shows the noise."
 )
 
 
@@ -145,7 +145,8 @@ def _load(name: str, dtype: torch.dtype, device: str) -> Any:
     if Path(name).is_dir():
         from transformers import AutoModelForImageTextToText
 
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        return loaded.to(device).eval()
     from vtok.geometry import geometry
 
     return geometry(name, dtype, device)

@@ -20,6 +20,7 @@ class CellState:
         dst: (M,) processing position that each cell was poured into, -1 where dropped.
         place: (m, unit, 2) mean row and column of merged patches, fractional; ``None`` before any merge.
         grid_places: (M, unit, 2) row and column of every patch at the start, where something merges.
+        taken: (M,) size of every cell at each DeepStack tap, 0 where it did not stand.
         tables: (cos, sin) of all patches. ``rotary``: those of the block that runs.
     """
 
@@ -38,6 +39,7 @@ class CellState:
     stages: list[tuple[int | None, Tensor]] = field(default_factory=list)
     tables: tuple[Tensor, Tensor] | None = None
     grid_places: Tensor | None = None
+    taken: list[Tensor] = field(default_factory=list)
 
     def frames(self) -> list[tuple[int, int, int]]:
         """(first row, cells, target) of every frame in the current sequence of cells."""

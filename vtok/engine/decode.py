@@ -116,14 +116,29 @@ def joined(held: Layers, tail: Tensor | None, hidden: Tensor, cache: Any, layer:
 
 
 def step(
-    adapter: Adapter, state: CacheState, kwargs: dict[str, Any], needs_layers: bool
+    adapter: Adapter, state: CacheState, kwargs: dict[str, Any], needs_layers: bool, prompt_length: int | None = None
 ) -> tuple[dict[str, Any], Decode | None]:
-    """Text-model arguments of a decoding step, and the per-layer state where layers differ."""
+    """Text-model arguments of a decoding step, and the per-layer state where layers differ.
+
+    Args:
+        adapter: the family.
+        state: rides on the cache.
+        kwargs: what the text model was given.
+        needs_layers: there are cuts inside the decoder.
+        prompt_length: columns of the prompt that ``generate`` was given.
+    """
     kwargs = dict(kwargs)
     embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
     given = kwargs.get("attention_mask")
     if isinstance(given, Mapping):
         given = given.get("full_attention")
+    refed = _refed(state, kwargs, given, prompt_length)
+    if refed:
+        embeds = kwargs["inputs_embeds"] = embeds[:, refed:]
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"][..., refed:]
+        if isinstance(given, Tensor) and given.ndim == 4:  # made for the longer input; the text model makes another
+            kwargs["attention_mask"] = None
     tail = given[:, state.full :] if isinstance(given, Tensor) and given.ndim == 2 else None
     first = state.first
     if isinstance(given, Tensor) and given.ndim == 2:
@@ -137,6 +152,9 @@ def step(
     if positions is None:
         past = cache.get_seq_length() - first.width + state.full
         positions = adapter.decode_positions(past, embeds.shape[0], embeds.shape[1], embeds.device)
+        if positions is not None and positions.ndim == 3 and isinstance(given, Tensor) and given.ndim == 2:
+            # multimodal positions do not count padding, those of plain models do
+            positions = positions - (given == 0).sum(1)[:, None].to(positions.device)
     if positions is not None:
         if state.reindex:
             positions = positions - first.dropped.to(positions.device)
@@ -144,3 +162,19 @@ def step(
     if not (needs_layers and state.later):
         return kwargs, None
     return kwargs, Decode(adapter, state, cache, tail, positions)
+
+
+def _refed(state: CacheState, kwargs: Mapping[str, Any], mask: Any, prompt_length: int | None) -> int:
+    """How many of the first tokens the cache has seen. ``generate`` continues a conversation with what lies behind as
+    many columns as the cache holds; behind a compressed prompt that repeats as many as were dropped."""
+    new = kwargs["inputs_embeds"].shape[1]
+    if new == 1 or state.first.width == state.full:
+        return 0
+    seen = state.full + int(kwargs["past_key_values"].get_seq_length()) - state.first.width
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        whole = mask.shape[1]
+    elif prompt_length is not None and seen < prompt_length and new < prompt_length:
+        whole = prompt_length
+    else:
+        return 0
+    return max(0, new - (whole - seen))

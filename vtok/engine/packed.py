@@ -264,7 +264,12 @@ class PackedTower(PackedFusing, Tower):
 
     def _after_merger(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         state = self.state
-        if state is None or len(state.cells) == len(state.order):
+        if state is None:
+            return None
+        if module is not self.spec.mergers[0]:
+            sizes = torch.ones(len(state.cells), device=state.cells.device) if state.sizes is None else state.sizes
+            state.taken.append(sizes.new_zeros(len(state.order)).index_copy(0, state.cells, sizes))
+        if len(state.cells) == len(state.order):
             return None
         return output.new_zeros(len(state.order), output.shape[1]).index_copy(0, state.cells.to(output.device), output)
 
@@ -289,7 +294,21 @@ class PackedTower(PackedFusing, Tower):
                 f"{self.session.name} acts inside the vision tower, but {type(self.spec.root).__name__} never ran its "
                 "blocks in this call; pass pixels, not precomputed features"
             )
+        if state.merged:
+            self._pour_planes(output, state)
         return output, self._encoded(media, state)
+
+    def _pour_planes(self, output: Any, state: CellState) -> None:
+        """DeepStack planes are taken before the last merges: a merged cell gets the mean of its members' rows."""
+        planes = getattr(output, "deepstack_features", None) or []
+        target = torch.where(state.dst >= 0, state.order[state.dst.clamp_min(0)], -1)
+        raster = torch.empty_like(target).index_copy(0, state.order, target)
+        for number, (parts, taken) in enumerate(zip(planes, state.taken, strict=True)):
+            whole = torch.cat(tuple(parts))
+            sizes = torch.empty_like(taken).index_copy(0, state.order, taken)
+            where = raster[None].to(whole.device)
+            poured = kernels.merge_mean(whole[None], where, len(whole), sizes[None].to(whole.device))[0]
+            planes[number] = poured.split([len(part) for part in parts])
 
     def _state(self, media: Sequence[Medium], grid: Tensor) -> CellState:
         device = next(self.spec.root.parameters()).device

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.masking_utils import create_causal_mask
 
 import vtok_kernels as kernels
@@ -32,7 +33,10 @@ class Cut:
 
 @dataclass
 class Prefill:
-    """State of one prefill. Travels with the call into every decoder layer, so a recomputed layer finds it again."""
+    """State of one prefill. Travels with the call into every decoder layer, so a recomputed layer finds it again.
+
+    ``draft`` columns at the end are no part of the prompt (speculative decoding): no statistic sees them.
+    """
 
     adapter: Adapter
     spans: list[Span]
@@ -40,6 +44,7 @@ class Prefill:
     input_stages: Sequence[tuple[Stage, list[int]]]
     decoder_stages: Sequence[Stage]
     reindex: bool
+    draft: int = 0
     timer: Timer = field(default_factory=Timer)
     segments: list[Segment] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
@@ -63,6 +68,8 @@ class Prefill:
         segment = Segment.whole(real, batch, length, columns, embeds.device)
         samples = [span.sample for span in self.spans]
         self.segments = [segment]
+        for span in self.spans:
+            span.tail -= self.draft
         embeds = self._select_inputs(embeds, segment, samples)
         segment = self.segments[-1]
         moved = len(self.segments) > 1 and any(item.relative is not None for item in self.segments)
@@ -235,15 +242,15 @@ class Prefill:
             rotary = self._rotary(len(self.segments) - 1, rotary, hidden)
         previous: Any = layers[stage.layer - 1] if stage.layer else None
         source = rows.Rows(
-            segment=segment,
+            segment=segment.prompt(self.draft),
             spans=self.spans,
-            captured=self.captured.pop((stage.layer or 0) - 1, {}),
+            captured={key: self._prompt(x) for key, x in self.captured.pop((stage.layer or 0) - 1, {}).items()},
             transition=self.transition,
             previous=previous.self_attn if previous is not None else None,
             layer=layers[stage.layer or 0],
-            hidden=hidden,
-            rotary=rotary,
-            reserved=self.query_rows,
+            hidden=self._prompt(hidden),
+            rotary=(self._prompt(rotary[0]), self._prompt(rotary[1])),
+            reserved=rows.reserved(self.segments[self._first], self.spans),
         )
         kept, _ = self._choose(stage, hidden, segment, [counts.cuts[which] for counts in self.counts], source)
         after = segment.narrow(stage.layer or 0, [span.sample for span in self.spans], kept)
@@ -256,13 +263,18 @@ class Prefill:
     def query_rows(self) -> int | None:
         """How many of the last columns can be query rows of a text statistic; ``None``: any column (text lies between
         the images, so ToDRE's visual rows see some)."""
-        segment = self.segments[self._first]
-        return rows.reserved(segment, self.spans)
+        found = rows.reserved(self.segments[self._first], self.spans)
+        return None if found is None else found + self.draft
+
+    def _prompt(self, x: Tensor) -> Tensor:
+        """(B, N, ...) without the columns of a draft."""
+        return x[:, : x.shape[1] - self.draft]
 
     def observe_transition(self, layer: int, part: str, before: Tensor, after: Tensor, couple_batch: bool) -> None:
         """Add one sub-module's token transition (TransPrune eq. 2-4) to the running sum."""
-        segment = self.segments[self._segment_of(layer)]
-        values = rows.transition(before, after, segment.mask, couple_batch)
+        segment = self.segments[self._segment_of(layer)].prompt(self.draft)
+        values = rows.transition(self._prompt(before), self._prompt(after), segment.mask, couple_batch)
+        values = F.pad(values, (0, self.draft))
         self.transition[0] = self.transition.get(0, torch.zeros_like(values)) + values
 
     # -- choosing -----------------------------------------------------------------------------------------------

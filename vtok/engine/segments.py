@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -121,6 +121,20 @@ class Segment:
             dropped,
             relative,
             self.full,
+        )
+
+    def prompt(self, draft: int) -> Segment:
+        """Without the last ``draft`` columns, which every sample has alike."""
+        if not draft:
+            return self
+        cut = slice(None, self.width - draft)
+        return replace(
+            self,
+            index=self.index[:, cut],
+            mask=None if self.mask is None else self.mask[:, cut],
+            lengths=[length - draft for length in self.lengths],
+            removed=self.removed[:, cut],
+            relative=None,
         )
 
     def take(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -77,6 +78,8 @@ class Session:
         self.run: Prefill | decode.Decode | None = None
         self.last: Prefill | None = None
         self.last_text: tuple[int, int] | None = None
+        self.prompt_length: int | None = None
+        self.refed = 0
         self.timer = Timer()
         self._started: object = None
 
@@ -89,6 +92,8 @@ class Session:
                 self.tower.install()
             if self.adapter.base is not None:
                 self._install_language()
+            if hasattr(self.model, "generate"):
+                self.wrapped.append(Wrapped(self.model, "generate", self._generate))
             if hasattr(self.model, "save_pretrained"):
                 self.wrapped.append(Wrapped(self.model, "save_pretrained", save_plain))
         except BaseException:
@@ -207,6 +212,17 @@ class Session:
     def _device(self) -> Any:
         return next(self.model.parameters()).device
 
+    def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around ``generate``: what follows its prompt in a prefill (the draft of speculative decoding, or what was
+        generated so far without a cache) is no part of the question, and must not choose the tokens."""
+        names = ("inputs", "input_ids", "inputs_embeds")
+        prompt = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
+        self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) else None
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.prompt_length = None
+
     # -- the base model -----------------------------------------------------------------------------------------
 
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -237,7 +253,12 @@ class Session:
         state = getattr(cache, STATE, None)
         encodings = self.call.encodings if self.call is not None else {}
         if state is not None and not encodings and _holds_tokens(cache, embeds):
-            kwargs, self.run = decode.step(self.adapter, state, kwargs, bool(self.decoder_stages))
+            if self.call is not None and self.call.arguments.get("position_ids") is None:
+                kwargs = {**kwargs, "position_ids": None}  # the base model counts from the compressed cache
+            kwargs, self.run = decode.step(
+                self.adapter, state, kwargs, bool(self.decoder_stages), self.prompt_length
+            )
+            self.refed = embeds.shape[1] - kwargs["inputs_embeds"].shape[1]
             if self.run is not None:
                 kwargs[RUN] = self.run
             return args, kwargs
@@ -248,13 +269,14 @@ class Session:
             )
         self._started = self.timer.begin(embeds.device)
         spans = self._spans(kwargs, encodings)
+        draft = 0 if self.prompt_length is None else max(0, embeds.shape[1] - self.prompt_length)
         self.last_text = (embeds.shape[0], embeds.shape[1])
         self.last = None
         if not spans:
             if cache is not None and hasattr(cache, STATE):
                 delattr(cache, STATE)
             return None
-        return args, self._prefill(spans, kwargs, cache)
+        return args, self._prefill(spans, kwargs, cache, draft)
 
     def _has_placeholders(self, encodings: Mapping[str, Encoding]) -> bool:
         ids = self.call.ids if self.call is not None else None
@@ -281,7 +303,7 @@ class Session:
             ids[(embeds == table(ids.new_tensor(number))).all(-1)] = number
         return ids
 
-    def _prefill(self, spans: list[Span], kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
+    def _prefill(self, spans: list[Span], kwargs: dict[str, Any], cache: Any, draft: int) -> dict[str, Any]:
         if self.decoder_stages and getattr(cache, "is_compileable", False):
             raise VtokError(
                 f"{self.name} drops tokens inside the decoder, so its layers hold different lengths, which a static "
@@ -292,7 +314,8 @@ class Session:
         inside = sum(1 for method in self.methods if method.site == "encoder")
         inputs = [(stage, [row[inside + i] for row in chain]) for i, stage in enumerate(self.input_stages)]
         counts = [fit(count, span) for count, span in zip(counts, spans, strict=True)]
-        run = Prefill(self.adapter, spans, counts, inputs, self.decoder_stages, self.positions == "reindex", self.timer)
+        reindex = self.positions == "reindex"
+        run = Prefill(self.adapter, spans, counts, inputs, self.decoder_stages, reindex, draft, self.timer)
         kwargs = run.enter(kwargs)
         if self.decoder_stages:
             kwargs = {**kwargs, RUN: run}
@@ -307,6 +330,10 @@ class Session:
             embeds = kwargs.get("inputs_embeds")
             self.timer.end("prefill", self._started, None if embeds is None else embeds.device)
             self._started, self.timer = None, Timer()  # the run keeps its own; the next call starts at zero
+        if self.refed and output is not None and not isinstance(output, tuple):
+            hidden, refed = output.last_hidden_state, self.refed
+            output.last_hidden_state = torch.cat((hidden[:, :1].expand(-1, refed, -1), hidden), 1)
+        self.refed = 0
         if not isinstance(run, Prefill) or output is None:
             return None
         cache = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 import vtok_kernels as kernels
@@ -32,5 +33,22 @@ class DivPrune(Method):
     compat: bool = False
 
     def select(self, view: View, count: int) -> Tensor:
-        features = view.features if self.compat else view.features.float()
-        return kernels.farthest_first(features.detach(), count)
+        if not self.compat:
+            return kernels.farthest_first(view.features.detach().float(), count)
+        return _released(view.features.detach(), count)
+
+
+def _released(features: Tensor, count: int) -> Tensor:
+    """The selection on an N x N map of distances in the features' own precision."""
+    unit = features / features.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
+    distance = 1 - unit @ unit.transpose(1, 2)
+    batch = torch.arange(len(features), device=features.device)
+    pick = distance.topk(min(2, distance.shape[1]), dim=1, largest=False).values[:, -1].argmax(1)
+    picks = [pick]
+    nearest = distance[batch, pick]
+    for _ in range(count - 1):
+        nearest[batch, pick] = -torch.inf  # released: taken tokens lose by their distance of 0 alone
+        pick = nearest.argmax(1)
+        picks.append(pick)
+        nearest = torch.minimum(nearest, distance[batch, pick])
+    return torch.stack(picks, 1).sort(1).values

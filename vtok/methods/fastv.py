@@ -22,7 +22,7 @@ class FastV(Method):
         k: first layer that runs on the reduced prompt (2 in the paper, 3 in the authors' Hugging Face scripts).
         query: rows whose attention counts: ``"last"`` prompt token (released) or ``"instruction"`` (mean over the text
             after the image).
-        compat: kept for symmetry; the default already follows the released rule, per sample.
+        compat: the first prompt of a batch decides for all, as released; the default ranks each picture by itself.
     """
 
     summary = "attention of the last token after layer K"
@@ -45,4 +45,8 @@ class FastV(Method):
         return super().default_layer(shape)
 
     def score(self, view: DecoderView) -> Tensor:
-        return view.attention(self.query)
+        scores = view.attention(self.query)
+        if self.compat:  # pictures at the same place of their prompts
+            places = list(view.places)
+            scores = scores[[places.index(place) for place in places]]
+        return scores

@@ -50,8 +50,8 @@ class RandomDeep(Method):
     def __post_init__(self) -> None:
         if isinstance(self.layer, str) and (self.layer != "auto" or not self.samples):
             raise VtokError(
-                f'random_deep(layer={self.layer!r}) is no layer; give an int, a share of the depth, or layer="auto" with '
-                "samples=[(inputs, answer_token_id), ...] to measure the horizon on"
+                f"random_deep(layer={self.layer!r}) is no layer; give an int, a share of the depth, or "
+                'layer="auto" with samples=[(inputs, answer_token_id), ...] to measure the horizon on'
             )
 
     def prepare(self, model: nn.Module) -> Method:
@@ -62,8 +62,8 @@ class RandomDeep(Method):
         horizon = calibrate(model, self.samples, self.epsilon)
         if horizon >= len(_layers(model)):
             raise VtokError(
-                f"the calibration samples use the picture up to the last layer (epsilon={self.epsilon:g}), so random_deep "
-                "has nowhere to cut; leave it out, or give a larger epsilon or a layer"
+                f"the calibration samples use the picture up to the last layer (epsilon={self.epsilon:g}), so "
+                "random_deep has nowhere to cut; leave it out, or give a larger epsilon or a layer"
             )
         return dataclasses.replace(self, layer=max(1, horizon), samples=())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -28,7 +29,8 @@ class TransPrune(Method):
         ratios: tokens left by each cut relative to the image ("High" of the paper).
         iga: add the attention that text after the image pays in the next layer.
         alpha: weight of that attention against the transitions (0.5: equal, as published).
-        compat: transition softmax over the whole batch, as released; the default takes each sample by itself.
+        compat: transition softmax over the whole batch and counts rounded down, as released; the default takes each
+            sample by itself and rounds to the nearest.
     """
 
     summary = "token transitions and instruction attention, three cuts"
@@ -60,15 +62,22 @@ class TransPrune(Method):
         if cuts[-1] >= shape.depth:
             raise VtokError(f"transprune needs at least {len(cuts) + 1} decoder layers; this model has {shape.depth}")
         first = min(round(self.accumulate[0] * shape.depth / 32), cuts[0] - 1)
+        skipped = set(range(self.accumulate[0], self.prune_after[-1] + 1)) - set(self.accumulate)
         reads = frozenset({"transition"} | ({"couple_batch"} if self.compat else set()))
         stages = []
         for number, (cut, ratio) in enumerate(zip(cuts, self.ratios, strict=True)):
             # every layer up to the last cut is observed once, by the stage that comes after it
-            observed = tuple(range(first if number == 0 else cuts[number - 1], cut))
-            stages.append(Stage("decoder", cut, self.select, reads=reads, share=ratio, observed=observed))
+            layers = range(first if number == 0 else cuts[number - 1], cut)
+            observed = tuple(layer for layer in layers if round(layer * 32 / shape.depth) not in skipped)
+            select = partial(self.cut, ratio)
+            stages.append(Stage("decoder", cut, select, reads=reads, share=ratio, observed=observed))
         return stages
 
-    def select(self, view: DecoderView, count: int) -> Tensor:
+    def cut(self, ratio: float, view: DecoderView, count: int) -> Tensor:
+        """What one cut leaves; the released code rounds the share of the image down."""
+        exact = sum(part.length for part in view.parts) * ratio
+        if self.compat and round(exact) == count:
+            count = max(1, int(exact))
         score = _shares(view.transition()) * (1 - self.alpha)
         if self.iga:
             score = score + _shares(view.attention("instruction", of="next")) * self.alpha

@@ -1,0 +1,50 @@
+# make demo | test | lint: each sets up .venv first, needs only Python 3.11+ with pip, and costs nothing the second time.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# one thread a process: the tests' models are so small that threads cost more than they give
+test: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    compress a photograph with every method; tables here, pictures in demo_output/"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make format  let ruff mend what it can"
+	@echo "make clean   remove .venv, caches and build folders"
+
+demo: $(READY)-eval
+	$(BIN)/vtok demo
+
+test: $(READY)-dev
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(READY)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+# Debian's python3 may come without ensurepip: then the outer pip puts one in
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "vtok needs Python 3.11 or later; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+# one stamp an extra: .venv/.ready-dev, .venv/.ready-eval
+$(READY)-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$*]"
+	@touch $@
