@@ -490,3 +490,314 @@ def test_merging_towers_equal_a_plain_loop(tiny: Any, family: str, method: str) 
     assert torch.equal(standing, state.kept())
     expected = placed(model, batch, "image", dense, standing)[0]
     torch.testing.assert_close(own[kept], expected[kept], atol=1e-5, rtol=1e-5)
+
+
+# What methods see equals eager attention
+
+
+@dataclass(frozen=True)
+class Looks(ValueNorm):
+    """Takes down the views that the engine gives to a method, before and between cuts."""
+
+    seen: list = field(default_factory=list, compare=False)
+
+    def score(self, view: Any) -> Tensor:
+        self.seen.append(view)
+        return super().score(view)
+
+
+def eager_maps(seen: Plain) -> list[tuple[Tensor, Tensor]]:
+    """(tiles, H, N, N) or (H, seq, seq) attention map and (..., N, d) values of every block of the plain tower."""
+    maps, x = [], seen.x
+    for number, block in enumerate(seen.tower.layers[: seen.tower.feature_layer + 1]):
+        if seen.tower.packed:
+            q, k, v, _ = packed_projections(block, x, seen.kwargs[number]["position_embeddings"])
+            segment = segments_of(seen.kwargs[number])
+            other = segment[:, None] != segment[None]
+            attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(other, -torch.inf).softmax(-1)
+            x = x + block.attn.proj((attention @ v).transpose(0, 1).flatten(1))
+            x = x + block.mlp(block.norm2(x))
+        else:
+            q, k, v = dense_projections(block, x)
+            attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+            x = x + block.self_attn.out_proj(joined(attention @ v))
+            x = x + block.mlp(block.layer_norm2(x))
+        maps.append((attention, v))
+    return maps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_equal_eager_maps(tiny: Any, family: str) -> None:
+    """The row of the class token, what every token receives, and the values, one picture, before any cut."""
+    model = tiny(family, vision_layers=6)
+    batch = inputs(family, model, [[2, "image:56x56" if family in QWEN else "image", 3]])
+    seen, _ = plain_run(model, batch)
+    # in Qwen2.5-VL every second block sees the whole picture, and only these are scored
+    attention, values = eager_maps(seen)[1]
+    method = Looks()
+    vtok.compress(model, method, keep=0.4)
+    encode(model, batch)
+    flow = vtok.get("flowcut")
+    for view in method.seen:  # those of one size together
+        shown = view.tokens.unsqueeze(-1) * view.unit + torch.arange(view.unit) + view.prefix
+        for row, patches in zip(view.v, shown.flatten(1), strict=True):
+            tiles = values[None] if family in QWEN else values
+            assert any(torch.allclose(row[:, view.prefix :], tile[:, patches], atol=1e-5) for tile in tiles)
+    if family == "llava_next":
+        return
+    (view,) = method.seen
+    if family in QWEN:
+        assert view.q.shape[2] == 64
+        received = attention.mean((0, 1))
+        torch.testing.assert_close(vtok.get("visionzip").dominance(view)[0], received.unflatten(0, (16, 4)).mean(1))
+        # FlowCut's mean query is no row of any map: written out
+        mean_row = (view.q.mean(2, keepdim=True) @ view.k.transpose(-1, -2) / view.q.shape[-1] ** 0.5).softmax(-1)
+        torch.testing.assert_close(flow.relation(view)[0], mean_row.mean(1)[0, 0])
+        eager = (view.q @ view.k.transpose(-1, -2) / view.q.shape[-1] ** 0.5).softmax(-1)
+        torch.testing.assert_close(eager[0], attention, atol=1e-5, rtol=0)
+        return
+    if family == "llava":
+        torch.testing.assert_close(flow.relation(view), attention[:, :, 0].mean(1)[:, 1:], atol=1e-5, rtol=0)
+        eager = build(family, vision_layers=6, attn="eager").model.vision_tower
+        maps = eager(batch["pixel_values"], output_attentions=True).attentions[1]
+        torch.testing.assert_close(attention, maps, atol=1e-5, rtol=0)  # the reference is the library's map
+    else:
+        torch.testing.assert_close(vtok.get("visionzip").dominance(view), attention.mean((1, 2)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_score_keeps_the_highest_cells_of_the_picture(tiny: Any, family: str) -> None:
+    """Values of the plain tower, by raster place, say which tokens must stand: Qwen2.5-VL has its cells in windows."""
+    model = tiny(family, vision_layers=6)
+    batch = inputs(family, model, [[2, "image:84x70" if family in QWEN else "image", 3]])
+    seen, _ = plain_run(model, batch)
+    values = eager_maps(seen)[1][1]
+    vtok.compress(model, ValueNorm(), keep=0.4)
+    model(**batch)
+    kept = vtok.report(model).kept[0][0]
+    if family in QWEN:
+        score = values.norm(dim=-1).sum(0).unflatten(0, (-1, 4)).mean(1)
+        if family == "qwen2_5_vl":
+            from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
+
+            visual = model.model.visual
+            order, _ = get_vision_window_index(
+                batch["image_grid_thw"], spatial_merge_size=2, window_size=visual.window_size, patch_size=7
+            )
+            assert not torch.equal(order, torch.arange(len(order)))
+            score = torch.empty_like(score).index_copy(0, order, score)
+        expected = score.topk(len(kept)).indices.sort().values
+        assert torch.equal(kept, expected)
+        return
+    score = values[:, :, seen.tower.prefix :].norm(dim=-1).sum(1)
+    if family == "llava":
+        assert torch.equal(kept, score[0].topk(len(kept)).indices.sort().values)
+        return
+    base = kept[kept < 64]  # the thumbnail comes first and is whole; both its size and its share are the tile's
+    if family == "llava_next":
+        assert torch.equal(base, score[0].topk(len(base)).indices.sort().values)
+
+
+# Counts, batches, mass
+
+
+def lengths_of(model: Any, run: Callable[[], Any]) -> list[int]:
+    """Rows (of all tiles) that every block of the tower computes."""
+    spec = adapter_of(model).tower
+    seen: dict[int, int] = {}
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        x = output[0] if isinstance(output, tuple) else output
+        seen[id(module)] = x.shape[0] * x.shape[1] if x.ndim == 3 else x.shape[0]
+
+    handles = [layer.register_forward_hook(after) for layer in spec.layers]
+    run()
+    for handle in handles:
+        handle.remove()
+    return [seen[id(layer)] for layer in spec.layers]
+
+
+@pytest.mark.parametrize("method", ["flowcut", "values", *MERGERS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_compute_fewer_tokens(tiny: Any, family: str, method: str) -> None:
+    model = tiny(family, vision_layers=8)
+    batch = inputs(family, model, [[2, "image:84x70" if family in QWEN else "image", 3]])
+    plain = lengths_of(model, lambda: encode(model, batch))
+    assert len(set(plain)) == 1
+    vtok.compress(model, PRUNERS.get(method, method), keep=0.3)
+    with states(model) as found:
+        lengths = lengths_of(model, lambda: encode(model, batch))
+    state, spec = found[0], session_of(model).tower.spec
+    rows = len(state.counts) if not spec.packed else 1
+    unit, prefix = (spec.unit, 0) if spec.packed else (1, spec.prefix)
+    for number, length in enumerate(lengths):
+        stands = None
+        for layer, standing in state.stages:
+            # a cut or a fusion "before" shortens this block's own output; ToMe merges inside it
+            if layer is not None and layer <= number:
+                stands = standing
+        if stands is not None:
+            most = int(stands.sum()) if spec.packed else int(stands.sum(1).max())
+            assert length == rows * (unit * most + prefix)
+        elif family != "llava_next":  # whose padding goes at the first stage
+            assert length == plain[0]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] < 0.75 * plain[0]
+
+
+@pytest.mark.parametrize("method", ["flowcut", "values", "visionzip", *MERGERS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_of_a_batch_are_what_they_are_alone(tiny: Any, family: str, method: str) -> None:
+    """FlowCut leaves tiles of one call at different lengths on the way: the shorter ones are padded and masked."""
+    model = tiny(family, vision_layers=8)
+    batch = inputs(family, model, [[3, "image", 4], [2, "image:84x70", 3, "image:42x70#b", 2], [5, "image#c", 2]])
+    vtok.compress(model, PRUNERS.get(method, method), keep=0.4)
+    ragged = []
+    tower = session_of(model).tower
+    if method == "flowcut" and family in LLAVA:
+        mask = tower._key_mask
+        tower._key_mask = lambda state, x: (ragged.append(state.ragged), mask(state, x))[1]
+    together = features(encode(model, batch))
+    model(**batch)
+    kept = [tokens for sample in vtok.report(model).kept for tokens in sample]
+    assert not ragged or any(ragged)
+    start = 0
+    for sample in range(3):
+        alone = single(batch, sample)
+        own = features(encode(model, alone))
+        model(**alone)
+        stood = vtok.report(model).kept[0]
+        for one, tokens in zip(own, stood, strict=True):
+            assert torch.equal(tokens, kept[start])
+            torch.testing.assert_close(one[tokens], together[start][tokens], atol=1e-5, rtol=1e-5)
+            start += 1
+
+
+@pytest.mark.parametrize("method", MERGERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_loses_nothing(tiny: Any, family: str, method: str) -> None:
+    model = tiny(family, vision_layers=8)
+    batch = inputs(family, model, TWO)
+    vtok.compress(model, method, keep=0.5)
+    with states(model) as found:
+        model(**batch)
+    state, report = found[0], vtok.report(model)
+    if family in QWEN:
+        assert state.counts == state.targets and sum(state.counts) == len(state.cells)
+        if bool((state.dst >= 0).all()):
+            assert state.sizes.sum() == len(state.order)
+    else:
+        real = state.real()
+        placed_ = (state.dst >= 0).sum(1)
+        assert torch.equal((state.sizes * real).sum(1), placed_.float())
+        if family != "llava_next":  # its padding is gone
+            assert (placed_ == state.total).all()
+    for kept, groups, parts in zip(report.kept, report.groups, report.parts, strict=True):
+        for tokens, own, layout in zip(kept, groups, parts, strict=True):
+            if family == "llava_onevision" and len(layout) > 1:
+                assert own is None  # a resampled run: no token has members
+                continue
+            assert own is not None
+            members = [token for group in own for token in group]
+            assert len(members) == len(set(members))
+            assert all(token in group for token, group in zip(tokens.tolist(), own, strict=True))
+            if family in ("llava", *QWEN) and bool((state.dst >= 0).all()):
+                assert sorted(members) == list(range(sum(part.length for part in layout)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["flowcut", "values", "visionzip", *MERGERS])
+def test_keep_all_is_bit_equal_and_restore_leaves_nothing(tiny: Any, family: str, method: str) -> None:
+    model = tiny(family)
+    batch = inputs(family, model, TWO)
+    plain = features(encode(model, batch))
+    before = anatomy(model)
+    vtok.compress(model, PRUNERS.get(method, method), keep=1.0)
+    for own, expected in zip(features(encode(model, batch)), plain, strict=True):
+        assert torch.equal(own, expected)
+    with vtok.budget(model, 0.4):
+        assert not torch.equal(features(encode(model, batch))[0], plain[0])
+    vtok.restore(model)
+    assert anatomy(model) == before
+    assert torch.equal(features(encode(model, batch))[0], plain[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["flowcut", *MERGERS])
+def test_text_alone_and_many_pictures(tiny: Any, family: str, method: str) -> None:
+    model = tiny(family)
+    vtok.compress(model, method, **settings(method))
+    text = inputs(family, model, [[7], [4]])
+    with vtok.compressed(model, method, keep=1.0):
+        plain = model(**text).logits
+    assert torch.equal(model(**text).logits, plain)
+    assert vtok.report(model).kept == [[], []]
+    batch = inputs(family, model, [[9], [2, "image", 3, "image#b", "image:84x56#c", 2]])
+    model(**batch)
+    report = vtok.report(model)
+    assert [len(sample) for sample in report.kept] == [0, 3]
+    assert report.average_tokens <= 0.4 * report.tokens_in + 1
+
+
+# Numbers: bf16, attention implementations, arithmetic saved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["flowcut", "values", "visionzip", *MERGERS])
+def test_bf16(method: str, family: str) -> None:
+    model = build(family, dtype=torch.bfloat16)
+    batch = inputs(family, model, TWO)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    vtok.compress(model, PRUNERS.get(method, method), keep=0.4)
+    logits = model(**batch).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits).all()
+    report = vtok.report(model)
+    assert report.average_tokens <= 0.4 * report.tokens_in + 1
+    exact = build(family)
+    batch["pixel_values"] = batch["pixel_values"].float()
+    vtok.compress(exact, PRUNERS.get(method, method), keep=0.4)
+    exact(**batch)
+    same, total = 0, 0
+    for a, b in zip(report.kept, vtok.report(exact).kept, strict=True):
+        for ours, theirs in zip(a, b, strict=True):
+            same += len(set(ours.tolist()) & set(theirs.tolist()))
+            total += len(theirs)
+    assert same > 0.75 * total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["flowcut", "visionzip", *MERGERS])
+def test_eager_and_sdpa_agree(tiny: Any, family: str, method: str) -> None:
+    outputs, sets = [], []
+    for attn in ("sdpa", "eager"):
+        model = tiny(family, attn=attn)
+        batch = inputs(family, model, [[3, "image", 4], [2, "image:84x70", 3]])
+        vtok.compress(model, method, keep=0.4)
+        outputs.append(features(encode(model, batch)))
+        model(**batch)
+        sets.append(vtok.report(model).kept)
+        vtok.restore(model)
+    for a, b in zip(*sets, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
+def flops(model: Any, batch: Batch) -> int:
+    """Of matrix products and attention in the tower and behind it."""
+    with FlopCounterMode(display=False) as counter:
+        encode(model, batch)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", ["flowcut", "values", "tome"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tower_computes_less(family: str, method: str) -> None:
+    """Twelve blocks at a quarter of the tokens: the counted arithmetic, statistics included, must fall."""
+    model = build(family, vision_layers=12)
+    batch = inputs(family, model, [[2, "image:84x70" if family in QWEN else "image", 3]])
+    plain = flops(model, batch)
+    vtok.compress(model, PRUNERS.get(method, method), keep=0.25)
+    ratio = flops(model, batch) / plain
+    assert ratio < {"flowcut": 0.95, "values": 0.6, "tome": 0.85}[method]

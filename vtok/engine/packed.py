@@ -279,7 +279,8 @@ class PackedTower(PackedFusing, Tower):
         self, modality: str, call: Mapping[str, Any], media: Sequence[Medium], original: Any, args: Any, kwargs: Any
     ) -> tuple[Any, list[Encoded]]:
         grid = torch.as_tensor(call[f"{modality}_grid_thw"])
-        self.state = state = self._state(media, grid)
+        pixels = call["pixel_values_videos" if modality == "video" else "pixel_values"]
+        self.state = state = self._state(media, grid, pixels)
         whole = state.counts == state.targets
         if whole:
             self.state = None
@@ -310,8 +311,9 @@ class PackedTower(PackedFusing, Tower):
             poured = kernels.merge_mean(whole[None], where, len(whole), sizes[None].to(whole.device))[0]
             planes[number] = poured.split([len(part) for part in parts])
 
-    def _state(self, media: Sequence[Medium], grid: Tensor) -> CellState:
+    def _state(self, media: Sequence[Medium], grid: Tensor, pixels: Tensor) -> CellState:
         device = next(self.spec.root.parameters()).device
+        device = pixels.device if device.type == "meta" else device  # offloaded weights come in layer by layer
         targets, counts = [], []
         for medium in media:
             cells = [part.length for part in medium.parts]

@@ -78,7 +78,9 @@ class Session:
         self.run: Prefill | decode.Decode | None = None
         self.last: Prefill | None = None
         self.last_text: tuple[int, int] | None = None
+        self.given: dict[str, Encoding] = {}
         self.prompt_length: int | None = None
+        self.chunk: int | None = None
         self.refed = 0
         self.timer = Timer()
         self._started: object = None
@@ -110,6 +112,9 @@ class Session:
                     f"{type(base).__name__} has no {name}; this version of transformers is not known to vtok"
                 )
             self.wrapped.append(Wrapped(base, name, partial(self._encode, modality)))
+        if self.model is not base:
+            self.hook(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+            self.hook(self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True))
         self.hook(base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         self.hook(base.register_forward_hook(self._after_base, with_kwargs=True, always_call=True))
         self.hook(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
@@ -218,10 +223,21 @@ class Session:
         names = ("inputs", "input_ids", "inputs_embeds")
         prompt = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
         self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) else None
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        self.chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         try:
             return original(*args, **kwargs)
         finally:
-            self.prompt_length = None
+            self.prompt_length = self.chunk = None
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Features that ``generate`` encoded carry what the tower kept; accelerate's hooks copy them on the way down."""
+        for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
+            if hasattr(output, STATE):
+                self.given[modality] = getattr(output, STATE)
+
+    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self.given = {}
 
     # -- the base model -----------------------------------------------------------------------------------------
 
@@ -231,7 +247,12 @@ class Session:
         self.call = Call(arguments.get("input_ids"), arguments)
         given = arguments.get("mm_encoder_outputs") or {}
         for modality, output in given.items():
-            encoding = getattr(output, STATE, None)
+            encoding = getattr(output, STATE, None) or self.given.get(modality)
+            if encoding is None and output is not None and self.chunk:
+                raise VtokError(
+                    f"prefill_chunk_size={self.chunk} cuts the prompt into pieces, and a compressed model needs the "
+                    "whole prompt in one prefill; leave prefill_chunk_size out"
+                )
             if encoding is None and output is not None:
                 raise VtokError(
                     f"the {modality} features that were passed in come from before vtok.compress or from another "

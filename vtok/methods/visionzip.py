@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 import vtok_kernels as kernels
-from vtok.method import Method, register
+from vtok.method import BARE, Method, register
 from vtok.view import Selection, Stage, TowerView
+
+
+ALONE = "it works on what the tower hands to a projector, and a bare vision transformer has none"
 
 
 @register("visionzip")
@@ -33,6 +36,7 @@ class VisionZip(Method):
     layer = None
     reads = frozenset({"qkv"})
     positions = "reindex"
+    refusals: ClassVar[dict[str, str]] = dict.fromkeys(BARE, ALONE)
     presets: ClassVar[dict[str, Any]] = {
         "192": {"keep": 192, "contextual": 30 / 192},
         "128": {"keep": 128, "contextual": 20 / 128},
@@ -47,7 +51,7 @@ class VisionZip(Method):
 
     def refuse(self, shape: Any) -> str | None:
         if shape.depth == 0:
-            return "it works on what the tower hands to a projector, and a bare vision transformer has none"
+            return ALONE
         return super().refuse(shape)
 
     def select(self, view: TowerView, count: int) -> Selection:
