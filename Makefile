@@ -7,8 +7,8 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# one thread a process: the tests' models are so small that threads cost more than they give
-test: export OMP_NUM_THREADS ?= 1
+# one thread a process: the models are so small that threads cost more than they give, above all on a busy machine
+demo test: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test lint format clean
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""Every method on every family: the pairs, the settings they are tested with, and models that are shared by all tests."""
+"""Every method on every family: the pairs, the settings they are tested with, and models that all tests share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS: dict[str | tuple[str, str], dict[str, Any]] = {
     ("todre", "llava_next"): {"decision": 0.5, "tau": 0.9},
     ("todre", "llava_onevision"): {"decision": 0.5, "tau": 0.9},
 }
-"""What a method is tested with where it is not `DEFAULT`, on all families or on one: a budget it reaches, and options."""
+"""What a method is tested with where it is not `DEFAULT`, on all families or one: a budget it reaches, and options."""
 
 LAYERS = 6
 PAIRS = [(method, family) for family in FAMILIES for method in vtok.methods(family)]

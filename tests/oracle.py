@@ -50,7 +50,9 @@ def recorded(model: nn.Module) -> Iterator[Prompt]:
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if kwargs["inputs_embeds"].shape[1] > 1:
-            prompt.embeds, prompt.planes = kwargs["inputs_embeds"].detach(), kwargs.get("deepstack_visual_embeds")
+            planes = kwargs.get("deepstack_visual_embeds")
+            prompt.embeds = kwargs["inputs_embeds"].detach()
+            prompt.planes = None if planes is None else [plane.detach() for plane in planes]
 
     def behind(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if kwargs["inputs_embeds"].shape[1] > 1:

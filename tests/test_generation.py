@@ -26,6 +26,7 @@ METHODS = [*ENTRY, "fastv", "transprune"]
 on_every_family = pytest.mark.parametrize("family", FAMILIES)
 with_methods = pytest.mark.parametrize("method", METHODS)
 PROMPTS = SCENARIOS["ragged"]
+GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
 def close(a: Tensor, b: Tensor, atol: float = 2e-5) -> None:
@@ -101,7 +102,7 @@ def test_without_a_cache(tiny: Any, family: str, method: str) -> None:
     model = tiny(family)
     batch = inputs(family, model, PROMPTS)
     vtok.compress(model, method, positions="keep", **settings(method, family))
-    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 3, **GREEDY}
     got = model.generate(**batch, **options, use_cache=False)
     cached = model.generate(**batch, **options)
     same(got, cached)
@@ -132,7 +133,7 @@ def test_static_cache(tiny: Any, family: str, method: str, name: str) -> None:
     model = tiny(family)
     batch = inputs(family, model, SCENARIOS[name])
     vtok.compress(model, method, **settings(method, family))
-    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 4, **GREEDY}
     expected = model.generate(**batch, **options)
     same(model.generate(**batch, **options, cache_implementation="static", disable_compile=True), expected)
 
@@ -155,7 +156,7 @@ def test_hand_written_loop(tiny: Any, family: str, method: str, hints: str, name
     model = tiny(family)
     batch = inputs(family, model, SCENARIOS[name])
     vtok.compress(model, method, positions="keep", **settings(method, family))
-    expected = model.generate(**batch, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    expected = model.generate(**batch, max_new_tokens=4, **GREEDY)
     check_loop(model, batch, expected, hints)
 
 
@@ -165,7 +166,7 @@ def test_hand_written_loop_with_closed_positions(tiny: Any, family: str, method:
     model = tiny(family)
     batch = inputs(family, model, SCENARIOS["one"])
     vtok.compress(model, method, **settings(method, family, positions="reindex"))
-    expected = model.generate(**batch, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    expected = model.generate(**batch, max_new_tokens=4, **GREEDY)
     check_loop(model, batch, expected, "nothing")
 
 
@@ -197,10 +198,7 @@ def test_next_turn_of_text(tiny: Any, family: str, method: str, name: str) -> No
         first = model.generate(**batch, past_key_values=cache, max_new_tokens=2, do_sample=False)
         ids = torch.cat((first, more), 1)
         whole = torch.cat((batch["attention_mask"], torch.ones(len(ids), ids.shape[1] - length).long()), 1)
-        second = model.generate(
-            input_ids=ids, attention_mask=whole, past_key_values=cache, max_new_tokens=3, do_sample=False,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+        second = model.generate(input_ids=ids, attention_mask=whole, past_key_values=cache, max_new_tokens=3, **GREEDY)
         return second.sequences, torch.stack(second.logits)
 
     chosen = settings(method, family)
@@ -368,7 +366,7 @@ def test_eager_equals_sdpa(tiny: Any, family: str, method: str) -> None:
         model = tiny(family, attn=attn)
         batch = inputs(family, model, PROMPTS)
         vtok.compress(model, method, **settings(method, family))
-        found.append(model.generate(**batch, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True))
+        found.append(model.generate(**batch, max_new_tokens=3, **GREEDY))
     same(*found)
 
 
@@ -476,7 +474,11 @@ def processor(model: PreTrainedModel) -> Any:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", additional_special_tokens=["<image>"]
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
     )
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size)
@@ -504,7 +506,7 @@ def test_compiled_decoding(tiny: Any, family: str) -> None:
     model = tiny(family, layers=4)
     batch = inputs(family, model, SCENARIOS["one"])
     vtok.compress(model, "divprune", keep=16)
-    expected = model.generate(**batch, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    expected = model.generate(**batch, max_new_tokens=5, **GREEDY)
     graphs = []
 
     def backend(graph: Any, examples: Any) -> Any:

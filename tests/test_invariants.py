@@ -78,10 +78,9 @@ def test_context_manager_restores_after_an_exception(tiny: Any, family: str) -> 
     plain = model(**batch).logits
     before = anatomy(model)
     with pytest.raises(KeyError), vtok.compressed(model, ["divprune", "random_deep"], keep=0.3):
-        model(**batch)
-        raise KeyError
+        model(**batch)["nothing"]
     assert anatomy(model) == before
-    with pytest.raises(ValueError), vtok.compressed(model, "fastv", keep=0.5):
+    with pytest.raises(ValueError, match="do not match"), vtok.compressed(model, "fastv", keep=0.5):
         model(**{**batch, "input_ids": batch["input_ids"][:, :-40]})  # fails inside the forward
     assert anatomy(model) == before
     assert torch.equal(model(**batch).logits, plain)
@@ -92,7 +91,7 @@ def test_a_failed_call_leaves_a_model_that_works(tiny: Any) -> None:
     batch = inputs("llava", model, SCENARIOS["one"])
     vtok.compress(model, "fastv", keep=0.5)
     expected = model(**batch).logits
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="do not match"):
         model(**{**batch, "input_ids": batch["input_ids"][:, :-40]})
     assert torch.equal(model(**batch).logits, expected)
 
@@ -150,7 +149,8 @@ def run(model: PreTrainedModel, batch: Batch, method: Any, options: dict) -> Run
     vtok.compress(model, method, **{"positions": "keep", **options})
     with recorded(model) as prompt:
         output = model(**batch, use_cache=True)
-    report, gone, live, changed = vtok.report(model), hidden_columns(model, batch), survivors(model, batch), rewrites(model)
+    report, changed = vtok.report(model), rewrites(model)
+    gone, live = hidden_columns(model, batch), survivors(model, batch)
     lengths = [output.past_key_values.get_seq_length(layer) for layer in range(len(gone))]
     tokens = model.generate(**batch, **GREEDY)
     asked = session_of(model).keep
@@ -332,19 +332,17 @@ def test_the_average_is_the_budget(tiny: Any, method: str, family: str, share: f
     """Never more than rounding above `keep`; below it only where the data decides."""
     model = tiny(family)
     batch = inputs(family, model, SCENARIOS["ragged"])
-    try:
-        vtok.compress(model, method, **settings(method, family, keep=share))
-        model(**batch)
-    except vtok.VtokError as error:
-        assert "cannot go below" in str(error)
-        share = 0.75
-        vtok.compress(model, method, **settings(method, family, keep=share))
-        model(**batch)
+    vtok.compress(model, method, **settings(method, family))
+    profile, depth = session_of(model).profile, session_of(model).depth
+    if site(method) == "decoder" and share < profile.layers[0] / depth:
+        share = 0.05 + profile.layers[0] / depth  # the first cut comes too late for less
+    vtok.compress(model, method, **settings(method, family, keep=share))
+    model(**batch)
     report = vtok.report(model)
     goal = share * report.tokens_in
     assert report.average_tokens <= goal + 1.0
-    if method not in ("todre", "flowcut", "downsample"):
-        assert report.average_tokens >= goal - 1.5
+    if method not in ("todre", "downsample"):  # all or nothing; grids that fit
+        assert report.average_tokens >= goal - 1.0
 
 
 # merging
@@ -383,7 +381,9 @@ def test_deterministic_under_a_seed(tiny: Any, method: str, family: str) -> None
     second = model(**batch).logits
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers move
-    assert all(torch.equal(a, b) for x, y in zip(kept, vtok.report(model).kept, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(
+        torch.equal(a, b) for x, y in zip(kept, vtok.report(model).kept, strict=True) for a, b in zip(x, y, strict=True)
+    )
 
 
 @pytest.mark.parametrize("method", ["random", "random_deep"])
@@ -433,7 +433,8 @@ def check_contiguous_positions(model: PreTrainedModel, batch: Batch) -> None:
         seen.append((kwargs["position_embeddings"][0], past, args[0].shape[1]))
 
     handles = [
-        layer.register_forward_pre_hook(partial(before, number), with_kwargs=True) for number, layer in enumerate(text.layers)
+        layer.register_forward_pre_hook(partial(before, number), with_kwargs=True)
+        for number, layer in enumerate(text.layers)
     ]
     model.generate(**batch, max_new_tokens=3, do_sample=False)
     for handle in handles:
@@ -499,7 +500,7 @@ STATISTICS = [(family, name) for family in FAMILIES for name in ("ragged", "adja
 
 @pytest.mark.parametrize(("family", "name"), [case for case in STATISTICS if case[1] in scenarios(case[0])])
 def test_statistics_equal_those_of_attention_maps(tiny: Any, family: str, name: str) -> None:
-    """Before a first and before a second cut, against the maps, inputs and outputs of the (masked) plain eager model."""
+    """Before a first and before a second cut, against maps, inputs and outputs of the (masked) plain eager model."""
     model = tiny(family, attn="eager")
     batch = inputs(family, model, SCENARIOS[name])
     probes = [Probe([], 2), Probe([], 5)]

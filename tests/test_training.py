@@ -1,4 +1,4 @@
-"""Fine-tuning a compressed model: losses are those of the masked model, gradients reach what survives, scores need none."""
+"""Fine-tuning a compressed model: the masked model's losses, gradients for what survives, none for scores."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import vtok
 
 from .conftest import PAIRS, settings, site
-from .models import SCENARIOS, Batch, build, inputs, labels, pad_right, single
+from .models import SCENARIOS, Batch, build, inputs, pad_right, single
+from .models import labels as next_tokens
 from .oracle import hidden_columns, masked, recorded, rewrites, survivors
 
 pytestmark = pytest.mark.grad
 pairs = pytest.mark.parametrize(("method", "family"), PAIRS)
 
 
-def gradients(model: PreTrainedModel, batch: Batch, targets: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def labels(batch: Batch) -> Tensor:
+    """Without a sample's first token either, which left padding has predict."""
+    padding = batch["attention_mask"] == 0
+    return next_tokens(batch).masked_fill(F.pad(padding[:, :-1], (1, 0)), -100)
+
+
+def gradients(
+    model: PreTrainedModel, batch: Batch, targets: Tensor, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = model(**batch, labels=targets, **options).loss
     loss.backward()

@@ -381,6 +381,35 @@ def test_dropout_and_stochastic_depth_in_training(method: str) -> None:
     assert torch.isfinite(a).all()
 
 
+@pytest.mark.parametrize("name", ["timm_cls", "open_clip"])
+@pytest.mark.grad
+def test_recomputed_blocks_are_refused(name: str) -> None:
+    model = make(name).train()
+    model.set_grad_checkpointing(True)
+    vtok.compress(model, "tome", keep=0.5)
+    with pytest.raises(vtok.VtokError, match=r"recomputes its blocks in the backward pass.*set_grad_checkpointing"):
+        forward(name, model, pictures())
+    vtok.compress(model.eval(), "flowcut", keep=0.5)
+    with torch.no_grad():
+        recomputing = forward(name, model, pictures())
+        model.set_grad_checkpointing(False)
+        torch.testing.assert_close(recomputing, forward(name, model, pictures()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_features_without_the_forward(method: str) -> None:
+    """timm users call forward_features and forward_intermediates."""
+    model, x = make("timm_cls"), pictures()
+    vtok.compress(model, method, keep=20)
+    out = model(x)
+    kept = vtok.report(model).kept
+    last, _ = model.forward_intermediates(x, indices=[0], output_fmt="NLC")
+    for features in (last, model.forward_features(x)):
+        assert features.shape[1] == 21
+        torch.testing.assert_close(model.forward_head(features), out)
+        assert torch.equal(vtok.report(model).kept[1][0], kept[1][0])
+
+
 def test_torchvision_is_not_needed() -> None:
     """A transformers tower is compressed and run without torchvision (a dependency of its processors)."""
     code = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,8 +62,10 @@ class Profile:
             return (1.0,) * len(self.shares)
         if not self.layers or goal < self.layers[0] / depth:
             return None
-        low, high = 0.0, 64.0
-        for _ in range(60):
+        # the power at which even the gentlest cut leaves next to nothing
+        gentlest = max(self.shares)
+        low, high = 0.0, 64.0 if not 0 < gentlest < 1 else max(64.0, math.log(1e-9) / math.log(gentlest))
+        for _ in range(80):
             middle = (low + high) / 2
             if self.average(depth, [max(share**middle, least) for share in self.shares]) > goal:
                 low = middle
@@ -103,6 +106,8 @@ def solve(tokens: int, keep: int | float, depth: int, profile: Profile, has_entr
         shares = profile.shares
     else:
         shares = profile.soften(depth, goal / tokens, profile.floor / tokens)
+    if shares is None and has_entry:  # a picture of a few tokens, whose cuts may leave no fewer
+        entry, shares = max(1, int(goal)), (1.0,) * len(profile.layers)
     if shares is None:
         raise VtokError(unreachable(name, tokens, depth, profile))
     cuts = []
@@ -129,14 +134,15 @@ def smallest(tokens: int, depth: int, profile: Profile) -> int:
     last = profile.layers[-1]
     middle = [(b - a) for a, b in zip(profile.layers, profile.layers[1:], strict=False)]
     least = (first * tokens + sum(middle) * profile.floor + (depth - last) * profile.floor) / depth
-    return int(least) + 1
+    return max(1, math.ceil(least - 1e-9))
 
 
 def unreachable(name: str, tokens: int, depth: int, profile: Profile) -> str:
     """The refusal of a budget below what a late-cutting method can reach."""
     least = smallest(tokens, depth, profile)
+    share = math.ceil(100 * least / tokens) / 100
     return (
         f"{name or 'this method'} first cuts before decoder layer {profile.layers[0]} of {depth}, so on {tokens} "
-        f"visual tokens its layer average cannot go below {least}; ask for keep>={least} (or {least / tokens:.2f}), "
-        f"or put a first stage before it, for example [\"divprune\", \"{name or 'fastv'}\"]"
+        f"visual tokens its layer average cannot go below {least}; ask for keep>={least} (or {share:.2f}), "
+        f'or put a first stage before it, for example ["divprune", "{name or "fastv"}"]'
     )

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -150,19 +151,42 @@ def get(name: str, **options: Any) -> Method:
     if name not in known:
         raise VtokError(f"there is no method {name!r}; known are {', '.join(known)}")
     cls = known[name]
+    _check_options(cls, options)
+    return cls(**options)
+
+
+def _check_options(cls: type[Method], options: Mapping[str, Any]) -> None:
     fields = [item.name for item in dataclasses.fields(cls)]
+    name = cls.name or cls.__name__
     unknown = [option for option in options if option not in fields]
     if unknown:
         listing = ", ".join(fields) if fields else "none"
         raise VtokError(f"{name} has no option {', '.join(map(repr, unknown))}; its options are: {listing}")
-    return cls(**options)
+    _check_types(cls, name, options)
+
+
+def _check_types(cls: type[Method], name: str, options: Mapping[str, Any]) -> None:
+    try:
+        hints = get_type_hints(cls)
+    except Exception:  # annotations of a third party that do not resolve
+        return
+    for option, value in options.items():
+        kinds = get_args(hints[option]) if isinstance(hints[option], UnionType) else (hints[option],)
+        kinds = tuple(get_origin(kind) or kind for kind in kinds)
+        if not all(isinstance(kind, type) for kind in kinds):
+            continue
+        wide = (*kinds, *((int,) if float in kinds else ()), *((list,) if tuple in kinds else ()))
+        if not isinstance(value, wide) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            default = next(item.default for item in dataclasses.fields(cls) if item.name == option)
+            raise VtokError(f"{name} takes {wanted} as {option}, not {value!r}; its default is {default!r}")
 
 
 def resolve(method: str | Method | Sequence[str | Method], options: Mapping[str, Any]) -> tuple[Method, ...]:
     """The methods a user asked for, checked, in order of their sites.
 
     Raises:
-        VtokError: nothing given, something that is no method, options beside a list, two decoder methods.
+        VtokError: nothing given, something that is no method, unknown options, options beside a list.
     """
     if isinstance(method, (str, Method)):
         parts: list[str | Method] = [method]
@@ -180,19 +204,10 @@ def resolve(method: str | Method | Sequence[str | Method], options: Mapping[str,
         if isinstance(part, str):
             chain.append(get(part, **options))
         elif isinstance(part, Method):
-            if options:
-                part = _replace(part, options)
-            chain.append(part)
+            _check_options(type(part), options)
+            chain.append(dataclasses.replace(part, **options) if options else part)
         else:
             raise VtokError(f"{part!r} is no method; give a name, a vtok.Method or a list of them")
     order = {"encoder": 0, "input": 1, "decoder": 2}
     chain.sort(key=lambda item: order[item.site])
     return tuple(chain)
-
-
-def _replace(method: Method, options: Mapping[str, Any]) -> Method:
-    try:
-        return dataclasses.replace(method, **options)
-    except TypeError as error:
-        name = method.name or type(method).__name__
-        raise VtokError(f"{name}: {error}; its options are the fields of its class") from error

@@ -153,6 +153,8 @@ class OpenClipBlocks:
             # one (B * H, N, N) view of the key bias; MultiheadAttention copies it
             count = x.shape[1]
             mask = mask.expand(-1, self.heads_of, count, -1).flatten(0, 1)
+            if len(args) > 3:  # with gradient checkpointing on, the tower gives it by position
+                return (x, *args[1:3], mask, *args[4:]), kwargs
             kwargs = {**kwargs, "attn_mask": mask}
         return (x, *args[1:]), kwargs
 

@@ -45,8 +45,10 @@ class DenseTower(DenseFusing, DenseOutput, Tower):
     def install(self) -> None:
         super().install()
         spec, hook = self.spec, self.session.hook
-        hook(spec.root.register_forward_pre_hook(self._begin, with_kwargs=True))
-        hook(spec.root.register_forward_hook(self._end, always_call=True))
+        # a run begins at the first block: timm's forward_features passes by the root's own forward
+        hook(spec.layers[0].register_forward_pre_hook(self._begin, with_kwargs=True))
+        if spec.projector is None:
+            hook(spec.layers[-1].register_forward_hook(self._end))
         watched = set(self.observed(self.last_cut)) if self.observe is not None else set()
         watched |= {(stage.layer or 0) - 1 for stage in self.cuts if "qkv" in stage.reads}
         watched |= {spec.feature_layer for stage in self.final if "qkv" in stage.reads}
@@ -72,12 +74,17 @@ class DenseTower(DenseFusing, DenseOutput, Tower):
             hook(spec.projector.register_forward_hook(self._after_projector))
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        root = self.spec.root
+        if torch.is_grad_enabled() and any(getattr(part, "grad_checkpointing", False) for part in root.modules()):
+            raise VtokError(
+                f"{type(root).__name__} recomputes its blocks in the backward pass, where {self.session.name} cannot "
+                "repeat what it did; call set_grad_checkpointing(False)"
+            )
         self.state = None
         self.waiting = True
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.spec.projector is None or output is None:
-            self.finished, self.state = self.state, None
+        self.finished, self.state = self.state, None
 
     def _start(self, x: Tensor) -> TileState | None:
         """State at the first watched block of a run: now the number of patches is known."""

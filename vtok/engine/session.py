@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -61,12 +62,13 @@ class Session:
         self.keep = keep
         self.positions = positions
         self.shape = shape_of(adapter)
-        self.stages = [stage for method in self.methods for stage in method.stages(self.shape)]
+        self.stages = [stage for method in self.methods for stage in stages_of(method, self.shape)]
         self.decoder_stages = sorted((s for s in self.stages if s.site == "decoder"), key=lambda s: s.layer or 0)
         self.input_stages = [stage for stage in self.stages if stage.site == "input"]
+        shares = accumulate((stage.share for stage in self.decoder_stages), min)  # no later cut brings tokens back
         self.profile = Profile(
             tuple(stage.layer or 0 for stage in self.decoder_stages),
-            tuple(stage.share for stage in self.decoder_stages),
+            tuple(shares),
             min((stage.floor for stage in self.decoder_stages), default=1),
         )
         self.name = "+".join(method.name or type(method).__name__ for method in self.methods)
@@ -231,7 +233,7 @@ class Session:
             self.prompt_length = self.chunk = None
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Features that ``generate`` encoded carry what the tower kept; accelerate's hooks copy them on the way down."""
+        """Features that ``generate`` encoded carry what the tower kept; accelerate's hooks copy them on their way."""
         for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
             if hasattr(output, STATE):
                 self.given[modality] = getattr(output, STATE)
@@ -276,9 +278,7 @@ class Session:
         if state is not None and not encodings and _holds_tokens(cache, embeds):
             if self.call is not None and self.call.arguments.get("position_ids") is None:
                 kwargs = {**kwargs, "position_ids": None}  # the base model counts from the compressed cache
-            kwargs, self.run = decode.step(
-                self.adapter, state, kwargs, bool(self.decoder_stages), self.prompt_length
-            )
+            kwargs, self.run = decode.step(self.adapter, state, kwargs, bool(self.decoder_stages), self.prompt_length)
             self.refed = embeds.shape[1] - kwargs["inputs_embeds"].shape[1]
             if self.run is not None:
                 kwargs[RUN] = self.run
@@ -424,6 +424,28 @@ def shape_of(adapter: Adapter) -> Shape:
         family=adapter.family,
         full_layers=None if tower.full_layers is None else tuple(sorted(tower.full_layers)),
     )
+
+
+def stages_of(method: Method, shape: Shape) -> Sequence[Stage]:
+    """A method's stages on a model of this shape.
+
+    Raises:
+        VtokError: options that put a stage where the model has no layer, or that keep less than nothing.
+    """
+    stages = method.stages(shape)
+    name = method.name or type(method).__name__
+    for stage in stages:
+        depth, first = (shape.depth, 1) if stage.site == "decoder" else (shape.tower_depth, 0)
+        if stage.layer is not None and not first <= stage.layer < depth:
+            raise VtokError(
+                f"{name} would act at {stage.site} layer {stage.layer}, but this model's layers there go from "
+                f"{first} to {depth - 1}; give it other layers"
+            )
+        if not 0 <= stage.share <= 1:
+            raise VtokError(
+                f"{name} would leave {stage.share:g} of the tokens, which is no share; give it one in [0, 1]"
+            )
+    return stages
 
 
 def fit(counts: Counts, span: Span) -> Counts:

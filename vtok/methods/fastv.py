@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vtok.errors import VtokError
 from vtok.method import Method, register
 from vtok.view import DecoderView, Shape
 
@@ -39,6 +40,10 @@ class FastV(Method):
     k: int = 2
     query: str = "last"
     compat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.query not in ("last", "instruction"):
+            raise VtokError(f'fastv query={self.query!r} is unknown; take "last" or "instruction"')
 
     def default_layer(self, shape: Shape) -> int | None:
         object.__setattr__(self, "layer", self.k)

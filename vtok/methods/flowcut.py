@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import vtok_kernels as kernels
+from vtok.errors import VtokError
 from vtok.method import Method, register
 from vtok.view import DecoderView, Shape, Stage, TowerView
 
@@ -53,6 +54,10 @@ class FlowCut(Method):
     llm_layer: int | None = 1
     llm_share: float | None = None
     compat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise VtokError(f"flowcut every={self.every} is no distance between cuts; give at least 1 layer")
 
     def stages(self, shape: Shape) -> Sequence[Stage]:
         last = shape.tower_depth - 1

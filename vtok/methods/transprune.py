@@ -50,6 +50,10 @@ class TransPrune(Method):
     compat: bool = False
 
     def __post_init__(self) -> None:
+        if not self.accumulate or not self.prune_after:
+            raise VtokError(
+                "transprune needs layers to watch (accumulate) and to cut after (prune_after); give one at least"
+            )
         if len(self.prune_after) != len(self.ratios):
             raise VtokError(
                 f"transprune has {len(self.prune_after)} cuts (prune_after) and {len(self.ratios)} ratios; give as many"
