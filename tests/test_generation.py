@@ -110,6 +110,19 @@ def test_without_a_cache(tiny: Any, family: str, method: str) -> None:
 
 @on_every_family
 @with_methods
+def test_without_a_cache_or_a_mask(tiny: Any, family: str, method: str) -> None:
+    """Gaps in the position ids are gaps, and no border between packed sequences."""
+    model = tiny(family)
+    batch = inputs(family, model, SCENARIOS["one"])
+    vtok.compress(model, method, positions="keep", **settings(method, family))
+    expected = model(**batch, use_cache=True).logits
+    bare = {key: value for key, value in batch.items() if key != "attention_mask"}
+    close(model(**bare, use_cache=False).logits, expected)
+    close(model(**batch, use_cache=False).logits, expected)
+
+
+@on_every_family
+@with_methods
 @pytest.mark.parametrize("assisted", [False, True], ids=["lookup", "assisted"])
 def test_drafted_tokens(tiny: Any, family: str, method: str, assisted: bool) -> None:
     """Prompt lookup and assisted decoding check several tokens at a time and roll the cache back: same tokens."""

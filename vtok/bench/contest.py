@@ -125,6 +125,7 @@ def run(
     warmup: int = 1,
     new_tokens: int = 8,
     device: str | torch.device | None = None,
+    clock: str = "wall",
     progress: bool = True,
 ) -> list[Row]:
     """Time methods side by side.
@@ -148,6 +149,9 @@ def run(
         Tokens to generate; more than one gives the time of a decoding step.
     device : optional
         Where to; the model's own device by default.
+    clock : {"wall", "cpu"}
+        ``"cpu"`` counts processor seconds of this process, over all its threads: for a machine that others use, with
+        one thread. ``select`` is by the wall in any case.
     progress : bool
         Show a bar when it takes longer than two seconds.
 
@@ -163,6 +167,8 @@ def run(
         raise VtokError(f"{type(model).__name__} has no language model; the bench times vision-language models")
     if device is not None:
         model.to(device)
+    if clock not in ("wall", "cpu") or (clock == "cpu" and model.device.type != "cpu"):
+        raise VtokError(f'clock={clock!r} is no clock for {model.device}; take "wall", or "cpu" on a CPU')
     inputs = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in inputs.items()}
     with progress_bar("counts and memory", len(methods), progress) as advance:
         contenders, refused = _line_up(model, adapter, inputs, methods, check_keep(keep), advance)
@@ -172,7 +178,7 @@ def run(
             shift = turn % len(contenders)
             for contender in contenders[shift:] + contenders[:shift]:
                 with contender.on(model):
-                    times = timed_generate(model, adapter, inputs, new_tokens)
+                    times = timed_generate(model, adapter, inputs, new_tokens, clock)
                     if contender.chain:
                         times["select"] = 1000 * report(model).seconds.get("select", 0.0)
                 for phase, own in times.items() if turn >= 0 else ():

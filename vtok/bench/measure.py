@@ -5,9 +5,8 @@ from __future__ import annotations
 import platform
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,26 +83,28 @@ def prefill_peak(model: Any, inputs: Mapping[str, Any]) -> int:
 class _Mark(LogitsProcessor):
     """Notes when the first logits are there: the one synchronisation, between prefill and decoding."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, kind: str) -> None:
+        self.device, self.kind = device, kind
         self.first: float | None = None
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if self.first is None:
-            self.first = clock(self.device)
+            self.first = clock(self.device, self.kind)
         return scores
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, after everything on the device is done."""
+def clock(device: torch.device, kind: str = "wall") -> float:
+    """Seconds, after everything on the device is done; ``"cpu"`` counts those that this process had a processor."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return time.process_time() if kind == "cpu" else time.perf_counter()
 
 
 @torch.no_grad()
-def timed_generate(model: Any, adapter: Adapter, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, float]:
-    """Greedy generation, as a user calls it.
+def timed_generate(
+    model: Any, adapter: Adapter, inputs: Mapping[str, Any], new_tokens: int, kind: str = "wall"
+) -> dict[str, float]:
+    """Greedy generation, as a user calls it, by the clock ``kind``.
 
     Returns
     -------
@@ -112,9 +113,9 @@ def timed_generate(model: Any, adapter: Adapter, inputs: Mapping[str, Any], new_
         with more than one new token ``decode`` (each further token).
     """
     device = model.device
-    mark = _Mark(device)
-    with _timed_encode(adapter) as timer:
-        start = clock(device)
+    mark = _Mark(device, kind)
+    with _timed_encode(adapter, kind) as encode:
+        start = clock(device, kind)
         model.generate(
             **inputs,
             max_new_tokens=new_tokens,
@@ -124,42 +125,52 @@ def timed_generate(model: Any, adapter: Adapter, inputs: Mapping[str, Any], new_
             use_cache=True,
             logits_processor=LogitsProcessorList([mark]),
         )
-        end = clock(device)
-        encode = timer.seconds().get("encode", 0.0)
+        end = clock(device, kind)
     assert mark.first is not None
-    found = {"encode": 1000 * encode, "prefill": 1000 * (mark.first - start)}
+    found = {"encode": 1000 * encode(), "prefill": 1000 * (mark.first - start)}
     if new_tokens > 1:
         found["decode"] = 1000 * (end - mark.first) / (new_tokens - 1)
     return found
 
 
 @contextmanager
-def _timed_encode(adapter: Adapter) -> Iterator[Timer]:
-    """Time ``get_image_features`` and its like, from outside of whatever else is wrapped around them."""
-    timer = Timer()
+def _timed_encode(adapter: Adapter, kind: str) -> Iterator[Callable[[], float]]:
+    """Time ``get_image_features`` and its like, from outside of whatever else is wrapped around them.
+
+    Yields a function that tells the seconds. On a GPU they come from events, so nothing waits inside the prefill.
+    """
     base: Any = adapter.base
     assert isinstance(base, nn.Module)
-    device, running = next(base.parameters()).device, [False]
-    wrapped = [
-        Wrapped(base, name, partial(_timed, timer, device, running))
-        for name in (f"get_{modality}_features" for modality in adapter.modalities)
-    ]
+    watch = _Watch(next(base.parameters()).device, kind)
+    wrapped = [Wrapped(base, f"get_{modality}_features", watch.around) for modality in adapter.modalities]
     try:
-        yield timer
+        yield lambda: watch.seconds + watch.timer.seconds().get("encode", 0.0)
     finally:
         for item in reversed(wrapped):
             item.remove()
 
 
-def _timed(timer: Timer, device: torch.device, running: list[bool], original: Any, *args: Any, **kwargs: Any) -> Any:
-    if running[0]:  # Qwen3-VL encodes a video through get_image_features
-        return original(*args, **kwargs)
-    start, running[0] = timer.begin(device), True
-    try:
-        return original(*args, **kwargs)
-    finally:
-        running[0] = False
-        timer.end("encode", start, device)
+class _Watch:
+    """Adds up the time of calls that do not lie inside each other."""
+
+    def __init__(self, device: torch.device, kind: str) -> None:
+        self.device, self.kind = device, kind
+        self.timer, self.seconds, self.running = Timer(), 0.0, False
+
+    def around(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.running:  # Qwen3-VL encodes a video through get_image_features
+            return original(*args, **kwargs)
+        on_gpu = self.device.type == "cuda"
+        start: Any = self.timer.begin(self.device) if on_gpu else clock(self.device, self.kind)
+        self.running = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.running = False
+            if on_gpu:
+                self.timer.end("encode", start, self.device)
+            else:
+                self.seconds += clock(self.device, self.kind) - start
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from vtok.errors import VtokError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH = 176
 """Columns that the whole table takes, also where the output is no terminal."""
+NOISY = 1.25
 LEGEND = (
     "Milliseconds, medians (smallest, largest). encode, select: parts of the prefill; decode: a further token; MB: "
     "memory of the prefill on top of weights and inputs. Ratios are of prefills within a repetition. of ceiling: "
@@ -45,6 +47,9 @@ def command(
     batch: Annotated[int, typer.Option(help="Copies of the sample in a batch.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(help="Text tokens around the picture.")] = 64,
     picture: Annotated[str, typer.Option(help="Width and height of the picture in pixels.")] = "672x504",
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: processor time, for a machine that others use (with --threads 1).")
+    ] = "wall",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write everything, raw times included, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -61,7 +66,17 @@ def command(
     loaded = _load(model, DTYPES[dtype], device)
     inputs = inputs_of(loaded, _noise(picture), prompt_tokens, batch=batch)
     names = _names(methods, loaded)
-    rows = run(loaded, inputs, names, _budget(keep), repeats=repeats, warmup=warmup, new_tokens=new_tokens)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    rows = run(
+        loaded,
+        inputs,
+        names,
+        _budget(keep),
+        repeats=repeats,
+        warmup=warmup,
+        new_tokens=new_tokens,
+        clock=clock,
+    )
     setting = {
         "model": model,
         **machine(loaded.device),
@@ -72,6 +87,8 @@ def command(
         "picture": picture,
         "repeats": repeats,
         "new_tokens": new_tokens,
+        "clock": clock,
+        "load before": None if load is None else round(load, 1),
     }
     found = {"setting": setting, "rows": [row.as_dict() for row in rows]}
     if out is not None:
@@ -112,6 +129,10 @@ def show(rows: Sequence[Row], setting: Mapping[str, Any], console: Console) -> N
         )
     console.print(table)
     console.print(LEGEND, highlight=False)
+    first = rows[0].ms("prefill")
+    if first is not None and first.high > NOISY * first.low:
+        factor = f"{first.high / first.low:.1f}"
+        console.print(f"The plain model's own times differ by a factor of {factor}: other work runs on this machine.")
     for row in rows:
         if row.note:
             console.print(f"{'refused: ' if row.role == 'refused' else ''}{row.note}", highlight=False)

@@ -12,7 +12,6 @@ import vtok_kernels as kernels
 from vtok.method import BARE, Method, register
 from vtok.view import Selection, Stage, TowerView
 
-
 ALONE = "it works on what the tower hands to a projector, and a bare vision transformer has none"
 
 
