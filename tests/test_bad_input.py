@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -267,6 +268,8 @@ def test_unknown_family() -> None:
 def test_features_from_before_compress(tiny: Any, family: str) -> None:
     """Features that were encoded by the plain model do not say what the tower kept."""
     model = tiny(family)
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this version of transformers takes no features")
     batch = inputs(family, model, SCENARIOS["one"])
     names = {"pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"}
     encode = {key: batch[key] for key in names & batch.keys()}

@@ -172,6 +172,7 @@ def test_samples_and_names(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.grad
 def test_labels_and_gradients(family: str) -> None:
     model = build(family, layers=2).train()
     batch = pad_right(inputs(family, model, SCENARIOS["ragged"]))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -557,6 +558,13 @@ def test_transprune_couples_the_batch_only_in_compat(monkeypatch: pytest.MonkeyP
     close(2 * seen[True], seen[False])
 
 
+def test_transprune_accumulates_the_layers_it_is_told() -> None:
+    shape = Shape(depth=32, tower_depth=0, has_cls=False, packed=False, tiled=False)
+    assert [stage.observed for stage in TransPrune().stages(shape)] == [(6,), (7, 8), (9, 10, 11)]
+    stages = TransPrune(accumulate=(5, 6, 9)).stages(shape)
+    assert [stage.observed for stage in stages] == [(5, 6), (), (9,)]
+
+
 # DivPrune
 
 
@@ -777,3 +785,23 @@ def test_mctf_groups(case: dict) -> None:
     fused = kernels.merge_attention(plan, attention.float(), weights)
     close(fused.sum(-1), torch.full_like(fused[..., 0], case["attn_rowsum"]))
     close(fused[0, 0, orders[0, 0], orders[0]], case["attn00"], 5e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "lengths"),
+    [
+        ("tome", {"keep": 40, "compat": True}, list(range(184, 40, -13))),
+        ("mctf", {"keep": 20, "compat": True}, [197, *range(181, 20, -16)]),
+        ("mctf", {"keep": 55, "layers": (3, 6, 9)}, [197] * 3 + [129] * 3 + [85] * 3 + [56] * 3),
+    ],
+    ids=["tome r=13", "mctf r=16", "mctf fast"],
+)
+def test_published_schedules(method: str, options: dict, lengths: list[int]) -> None:
+    """197 tokens through 12 blocks, as the papers' tables count them."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=12, embed_dim=16, num_heads=2, num_classes=2).eval()
+    seen: list[int] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    vtok.compress(model, method, **options)
+    model(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+    assert seen == lengths

@@ -21,7 +21,7 @@ import vtok
 from vtok.api import adapter_of, session_of
 
 from .conftest import LLAVA, anatomy, settings
-from .models import FAMILIES, HAS_VIDEO, QWEN, Batch, build, inputs, single
+from .models import FAMILIES, HAS_VIDEO, IMAGE, QWEN, Batch, build, inputs, single
 
 TWO = [[3, "image", 4], [2, "image:84x56", 3, "image:42x70#b", 2]]
 """Three pictures in two prompts, of different size where the family knows sizes."""
@@ -355,7 +355,9 @@ def unpadded(model: Any, batch: Batch, tiles: int, patches: int) -> Tensor:
     return torch.zeros(tiles * patches, dtype=torch.bool).index_fill(0, shown[shown >= 0], True).view(tiles, -1)
 
 
-def merged_dense(seen: Plain, state: Any, tile: int, method: str, shown: Tensor) -> Tokens:
+def merged_dense(
+    seen: Plain, state: Any, tile: int, method: str, shown: Tensor, reuse: bool = True, proportional: bool = True
+) -> Tokens:
     spec = seen.tower
     prefix = spec.prefix
     goals = {layer: int(standing[tile].sum()) + prefix for layer, standing in state.stages}
@@ -381,9 +383,10 @@ def merged_dense(seen: Plain, state: Any, tile: int, method: str, shown: Tensor)
             share = gather * pool / (gather * pool).sum(1, keepdim=True)
             fused = share @ attention @ gather.T
             x = tokens.x[:, 0]
-            heads = fused @ dense_projections(block, x[None])[2][0]
+            q, k, v = (t[0] for t in dense_projections(block, x[None]))
+            heads = fused @ v if reuse else duplicated(q, k, v, tokens.sizes)
         else:
-            heads = duplicated(q, k, v, tokens.sizes)
+            heads = duplicated(q, k, v, tokens.sizes if proportional else [1] * len(x))
         tokens.x = (x + block.self_attn.out_proj(joined(heads[None])[0]))[:, None]
         if method == "tome" and number in goals:
             target = one_way(similarity(k.mean(0)), len(x), r, prefix)
@@ -440,6 +443,35 @@ def merged_packed(model: Any, seen: Plain, state: Any, method: str) -> tuple[lis
             weighted = zip([size for part in parts for size in part.sizes], rows, strict=True)
             taps.append(dict(zip([keeper for part in parts for keeper in part.keeper], weighted, strict=True)))
     return parts, visual.merger(torch.cat([part.x for part in parts]).flatten(0, 1)), taps
+
+
+@pytest.mark.parametrize(
+    ("method", "option"), [("mctf", "reuse_attention"), ("tome", "prop_attn")], ids=["recompute", "unweighted"]
+)
+@pytest.mark.parametrize("family", ["llava", "llava_onevision"])
+def test_other_ways_of_merging(tiny: Any, family: str, method: str, option: str) -> None:
+    """MCTF with attention computed anew on the merged tokens; ToMe with every token counted once."""
+    model = tiny(family, vision_layers=6)
+    batch = inputs(family, model, [[2, "image", 3]])
+    seen, _ = plain_run(model, batch)
+    vtok.compress(model, method, keep=0.4)
+    usual = features(encode(model, batch))[0]
+    vtok.compress(model, method, keep=0.4, **{option: False})
+    with states(model) as found:
+        output = features(encode(model, batch))[0]
+    assert not torch.allclose(output, usual, atol=1e-4)
+    state = found[0]
+    everything = torch.ones(state.dst.shape, dtype=torch.bool)
+    dense = torch.zeros(*state.dst.shape, seen.x.shape[-1])
+    for number in range(len(state.counts)):
+        tile = merged_dense(seen, state, number, method, everything, reuse=False, proportional=False)
+        for x, keeper in zip(tile.x[:, 0], tile.keeper, strict=True):
+            if keeper >= 0:
+                dense[number, keeper] = x
+    expected = placed(model, batch, "image", dense, state.kept())[0]
+    model(**batch)
+    kept = vtok.report(model).kept[0][0]
+    torch.testing.assert_close(output[kept], expected[kept], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", MERGERS)
@@ -737,6 +769,45 @@ def test_text_alone_and_many_pictures(tiny: Any, family: str, method: str) -> No
     report = vtok.report(model)
     assert [len(sample) for sample in report.kept] == [0, 3]
     assert report.average_tokens <= 0.4 * report.tokens_in + 1
+
+
+@pytest.mark.parametrize("method", ["flowcut", "values", "visionzip", *MERGERS])
+def test_a_class_token_among_the_features_is_refused(method: str) -> None:
+    model = build("llava")
+    model.model.config.vision_feature_select_strategy = "full"
+    before = anatomy(model)
+    with pytest.raises(vtok.VtokError, match=r"hands the class token of its tower on .* such as divprune"):
+        vtok.compress(model, PRUNERS.get(method, method), keep=0.5)
+    assert anatomy(model) == before
+    batch = inputs("llava", model, [[3, "image", 4]])
+    first = int((batch["input_ids"] == IMAGE).nonzero()[0, 1])
+    more = torch.cat((batch["input_ids"][:, :first], torch.full((1, 1), IMAGE), batch["input_ids"][:, first:]), 1)
+    for behind in ("divprune", "todre"):
+        vtok.compress(model, behind, keep=0.5)
+        model(more, pixel_values=batch["pixel_values"])
+        assert vtok.report(model).tokens_in == 65
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5, 0.02, 0.97])
+@pytest.mark.parametrize("method", ["flowcut", "visionzip", *MERGERS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_budgets_at_the_edge(tiny: Any, family: str, method: str, keep: int | float) -> None:
+    """Tiny and almost whole budgets work, or are refused with the smallest budget that merging reaches."""
+    model = tiny(family, vision_layers=8)
+    batch = inputs(family, model, TWO)
+    vtok.compress(model, method, keep=keep)
+    try:
+        logits = model(**batch).logits
+    except vtok.VtokError as error:
+        assert method in MERGERS
+        assert "ask for at least" in str(error)  # noqa: PT017
+        return
+    assert torch.isfinite(logits).all()
+    report = vtok.report(model)
+    for kept, parts in zip(report.kept, report.parts, strict=True):
+        for tokens, layout in zip(kept, parts, strict=True):
+            assert 1 <= len(tokens) <= sum(part.length for part in layout)
+    assert report.average_tokens <= (keep if isinstance(keep, int) else keep * report.tokens_in) + 5
 
 
 # Numbers: bf16, attention implementations, arithmetic saved

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import vtok
 
@@ -147,6 +148,10 @@ def test_gradient_checkpointing(method: str, family: str, reentrant: bool) -> No
     vtok.compress(model, method, **settings(method, family))
     loss, found = gradients(model, batch, targets, use_cache=False)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if site(method) == "encoder" and "__call__" in GradientCheckpointingLayer.__dict__:
+        with pytest.raises(vtok.VtokError, match=r"inside the vision tower.*update transformers"):
+            gradients(model, batch, targets, use_cache=False)
+        return
     again, checked = gradients(model, batch, targets, use_cache=False)
     assert torch.equal(loss, again)
     compare(found, checked, atol=1e-6)

@@ -35,7 +35,8 @@ class LlavaOnevision(LlavaNext):
         return media
 
     def _videos(self, call: Mapping[str, Any]) -> list[Medium]:
-        videos, frames = call["pixel_values_videos"].shape[:2]
+        pixels = call["pixel_values_videos"] if "pixel_values_videos" in call else call["pixel_values"]  # 5.17
+        videos, frames = pixels.shape[:2]
         pooled = math.ceil(self.side / 2)
         parts = (Part(pooled, pooled),) * (frames - 1) + (Part(pooled, pooled, newlines=1),)
         return [Medium("video", parts, slice(i * frames, (i + 1) * frames), interpolated=True) for i in range(videos)]

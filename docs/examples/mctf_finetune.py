@@ -118,7 +118,7 @@ def finetune(
 
 
 def run(
-    keep: int = 4, pretrain_steps: int = 200, steps: int = 60, batch: int = 32, test: int = 512, seed: int = 0
+    keep: int = 4, pretrain_steps: int = 150, steps: int = 60, batch: int = 32, test: int = 512, seed: int = 0
 ) -> dict[str, float]:
     """Train, compress, fine-tune; returns losses and accuracies."""
     torch.manual_seed(seed)
@@ -143,7 +143,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a small ViT under MCTF's token reduction.")
     parser.add_argument("--keep", type=int, default=4, help=f"tokens left of {TOKENS} (default 4)")
-    parser.add_argument("--pretrain-steps", type=int, default=200, help="steps of ordinary training first")
+    parser.add_argument("--pretrain-steps", type=int, default=150, help="steps of ordinary training first")
     parser.add_argument("--steps", type=int, default=60, help="steps of fine-tuning under reduction")
     parser.add_argument("--batch", type=int, default=32, help="crops a step")
     parser.add_argument("--test", type=int, default=512, help="test crops")

@@ -28,6 +28,11 @@ class DenseTower(DenseFusing, DenseOutput, Tower):
 
     def __init__(self, session: Any) -> None:
         super().__init__(session)
+        if self.spec.keeps_prefix:
+            raise VtokError(
+                f"this model hands the class token of its tower on to the language model, which {session.name} cannot "
+                "serve; use a method that acts behind the tower, such as divprune"
+            )
         stages = [stage for stage in session.stages if stage.site == "encoder"]
         self.cuts = [stage for stage in stages if stage.select is not None and stage.layer is not None]
         self.final = [stage for stage in stages if stage.select is not None and stage.layer is None]

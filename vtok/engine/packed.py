@@ -305,11 +305,12 @@ class PackedTower(PackedFusing, Tower):
         target = torch.where(state.dst >= 0, state.order[state.dst.clamp_min(0)], -1)
         raster = torch.empty_like(target).index_copy(0, state.order, target)
         for number, (parts, taken) in enumerate(zip(planes, state.taken, strict=True)):
-            whole = torch.cat(tuple(parts))
+            joined = isinstance(parts, Tensor)  # transformers 5.17 hands the planes of all pictures out in one
+            whole = parts if joined else torch.cat(tuple(parts))
             sizes = torch.empty_like(taken).index_copy(0, state.order, taken)
             where = raster[None].to(whole.device)
             poured = kernels.merge_mean(whole[None], where, len(whole), sizes[None].to(whole.device))[0]
-            planes[number] = poured.split([len(part) for part in parts])
+            planes[number] = poured if joined else poured.split([len(part) for part in parts])
 
     def _state(self, media: Sequence[Medium], grid: Tensor, pixels: Tensor) -> CellState:
         device = next(self.spec.root.parameters()).device

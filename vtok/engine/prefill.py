@@ -233,6 +233,7 @@ class Prefill:
             )
         return self.masks[position]
 
+    @torch.no_grad()  # a recomputed layer does not cut again, and must save no fewer tensors than the first time
     def _cut(self, stage: Stage, layers: Sequence[nn.Module], hidden: Tensor, kwargs: dict[str, Any]) -> None:
         segment = self.segments[-1]
         which = next(i for i, own in enumerate(self.decoder_stages) if own is stage)

@@ -82,7 +82,6 @@ class Session:
         self.last_text: tuple[int, int] | None = None
         self.given: dict[str, Encoding] = {}
         self.prompt_length: int | None = None
-        self.chunk: int | None = None
         self.refed = 0
         self.timer = Timer()
         self._started: object = None
@@ -195,6 +194,7 @@ class Session:
         """Around ``get_image_features``: tell the tower its budgets, then read off what it kept."""
         if self.encoding:  # Qwen3-VL encodes a video through get_image_features
             return original(*args, **kwargs)
+        self._check_recomputation()
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         media = self.adapter.media(modality, call)
@@ -216,6 +216,24 @@ class Session:
             self.call.encodings[modality] = encoding
         return output
 
+    def _check_recomputation(self) -> None:
+        """Until some version after 5.17, checkpointed blocks of transformers run their hooks once more in the backward
+        pass, when the tower's state is gone."""
+        layers = self.adapter.tower.layers
+        if not any(stage.site == "encoder" for stage in self.stages) or not (
+            layers[0].training and torch.is_grad_enabled()
+        ):
+            return
+        if getattr(layers[0], "gradient_checkpointing", False) and any(
+            "__call__" in base.__dict__
+            for base in type(layers[0]).__mro__
+            if base.__name__ == "GradientCheckpointingLayer"
+        ):
+            raise VtokError(
+                f"{self.name} acts inside the vision tower, whose checkpointed blocks this version of transformers runs "
+                "anew with all tokens; update transformers, or call gradient_checkpointing_disable() on the tower"
+            )
+
     def _device(self) -> Any:
         return next(self.model.parameters()).device
 
@@ -226,11 +244,17 @@ class Session:
         prompt = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
         self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) else None
         config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-        self.chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if chunk and isinstance(prompt, Tensor) and prompt.ndim == 2 and self._has_placeholders(prompt):
+            self.prompt_length = None
+            raise VtokError(
+                f"prefill_chunk_size={chunk} cuts the prompt into pieces, and a compressed model needs the whole prompt "
+                "in one prefill; leave prefill_chunk_size out"
+            )
         try:
             return original(*args, **kwargs)
         finally:
-            self.prompt_length = self.chunk = None
+            self.prompt_length = None
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Features that ``generate`` encoded carry what the tower kept; accelerate's hooks copy them on their way."""
@@ -250,11 +274,6 @@ class Session:
         given = arguments.get("mm_encoder_outputs") or {}
         for modality, output in given.items():
             encoding = getattr(output, STATE, None) or self.given.get(modality)
-            if encoding is None and output is not None and self.chunk:
-                raise VtokError(
-                    f"prefill_chunk_size={self.chunk} cuts the prompt into pieces, and a compressed model needs the "
-                    "whole prompt in one prefill; leave prefill_chunk_size out"
-                )
             if encoding is None and output is not None:
                 raise VtokError(
                     f"the {modality} features that were passed in come from before vtok.compress or from another "
@@ -283,7 +302,8 @@ class Session:
             if self.run is not None:
                 kwargs[RUN] = self.run
             return args, kwargs
-        if cache is not None and _holds_tokens(cache, None) and self._has_placeholders(encodings):
+        ids = self.call.ids if self.call is not None else None
+        if cache is not None and _holds_tokens(cache, None) and (encodings or self._has_placeholders(ids)):
             raise VtokError(
                 "this prompt continues a cache that already holds tokens (chunked prefill, or a chat turn with a new "
                 "image); a compressed model needs the whole prompt in one prefill: pass it without the old cache"
@@ -299,16 +319,13 @@ class Session:
             return None
         return args, self._prefill(spans, kwargs, cache, draft)
 
-    def _has_placeholders(self, encodings: Mapping[str, Encoding]) -> bool:
-        ids = self.call.ids if self.call is not None else None
-        if encodings:
-            return True
+    def _has_placeholders(self, ids: Tensor | None) -> bool:
         return ids is not None and any(
             bool((ids == self.adapter.placeholder(modality)).any()) for modality in self.adapter.modalities
         )
 
     def _spans(self, kwargs: Mapping[str, Any], encodings: Mapping[str, Encoding]) -> list[Span]:
-        if self.call is None or not (encodings or self._has_placeholders(encodings)):
+        if self.call is None or not (encodings or self._has_placeholders(self.call.ids)):
             return []
         ids = self.call.ids
         if ids is None:

@@ -85,11 +85,11 @@ class Tower:
         return self.session.adapter.pack(modality, call, media, values, newline)
 
     def _cls_attention(self) -> Tensor:
-        """(tiles, N) attention of the class token at the last block."""
+        """(tiles, N) attention of the class token at the last block (to itself, too, where the model keeps it)."""
         block = self.spec.layers[-1]
         q, k, _ = self.spec.blocks.split(block, self.taps)
         rows = kernels.attention_rows(q[:, :, :1], k, scale=self.spec.blocks.scale(block))
-        return rows[:, 0, self.spec.prefix :]
+        return rows[:, 0, 0 if self.spec.keeps_prefix else self.spec.prefix :]
 
 
 def distribute(total: int, weights: Sequence[int]) -> list[int]:
