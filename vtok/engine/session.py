@@ -230,8 +230,8 @@ class Session:
             if base.__name__ == "GradientCheckpointingLayer"
         ):
             raise VtokError(
-                f"{self.name} acts inside the vision tower, whose checkpointed blocks this version of transformers runs "
-                "anew with all tokens; update transformers, or call gradient_checkpointing_disable() on the tower"
+                f"{self.name} acts inside the vision tower, whose checkpointed blocks this version of transformers "
+                "runs anew with all tokens; update transformers, or call gradient_checkpointing_disable() on the tower"
             )
 
     def _device(self) -> Any:
@@ -248,8 +248,8 @@ class Session:
         if chunk and isinstance(prompt, Tensor) and prompt.ndim == 2 and self._has_placeholders(prompt):
             self.prompt_length = None
             raise VtokError(
-                f"prefill_chunk_size={chunk} cuts the prompt into pieces, and a compressed model needs the whole prompt "
-                "in one prefill; leave prefill_chunk_size out"
+                f"prefill_chunk_size={chunk} cuts the prompt into pieces, and a compressed model needs the whole "
+                "prompt in one prefill; leave prefill_chunk_size out"
             )
         try:
             return original(*args, **kwargs)
