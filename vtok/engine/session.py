@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vtok.budget import Counts, Profile, check_keep, solve
 from vtok.engine import decode
@@ -217,18 +218,12 @@ class Session:
         return output
 
     def _check_recomputation(self) -> None:
-        """Until some version after 5.17, checkpointed blocks of transformers run their hooks once more in the backward
-        pass, when the tower's state is gone."""
-        layers = self.adapter.tower.layers
-        if not any(stage.site == "encoder" for stage in self.stages) or not (
-            layers[0].training and torch.is_grad_enabled()
-        ):
-            return
-        if getattr(layers[0], "gradient_checkpointing", False) and any(
-            "__call__" in base.__dict__
-            for base in type(layers[0]).__mro__
-            if base.__name__ == "GradientCheckpointingLayer"
-        ):
+        """In transformers 5.17 (no more in 5.23) checkpointed blocks run their hooks once more in the backward pass,
+        when the tower's state is gone."""
+        block = self.adapter.tower.layers[0]
+        checkpointed = getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled()
+        inside = any(stage.site == "encoder" for stage in self.stages)
+        if inside and checkpointed and "__call__" in GradientCheckpointingLayer.__dict__:
             raise VtokError(
                 f"{self.name} acts inside the vision tower, whose checkpointed blocks this version of transformers "
                 "runs anew with all tokens; update transformers, or call gradient_checkpointing_disable() on the tower"
