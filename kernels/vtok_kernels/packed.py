@@ -31,7 +31,9 @@ def packed_attention(
     """
     _check(q, lengths)
     parts = [t.transpose(0, 1).split(list(lengths), dim=1) for t in (q, k, v)]
-    biases = [None] * len(lengths) if bias is None else [b[None, None] for b in bias.to(q.dtype).split(list(lengths))]
+    biases = (
+        [None] * len(lengths) if bias is None else [b[None, None, None] for b in bias.to(q.dtype).split(list(lengths))]
+    )
     out = [
         F.scaled_dot_product_attention(a[None], b[None], c[None], attn_mask=own, scale=scale)[0]
         for a, b, c, own in zip(*parts, biases, strict=True)
