@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ def show(
     parts = _entry(report.parts, sample, image_index)
     if fit not in FITS:
         raise VtokError(f"fit={fit!r} is unknown; take one of {', '.join(map(repr, FITS))}")
-    panels = _panels(_pictures(image), parts, _fit_of(report.family, parts) if fit == "auto" else fit)
+    panels = _panels(_pictures(image), parts, fit_of(report.family, parts) if fit == "auto" else fit)
     groups = _entry(report.groups, sample, image_index)
     final = set(_entry(report.kept, sample, image_index).tolist())
     if not stages:
@@ -112,6 +112,46 @@ def show(
     if not rows:
         rows, captions = [_row([_draw(panel, final, groups) for panel in panels])], [f"all {len(final)} tokens"]
     return sheet(rows, captions, columns=4 if len(panels) == 1 else 1)
+
+
+def overlay(
+    image: Image.Image | Sequence[Image.Image],
+    parts: Sequence[Part],
+    kept: Iterable[int],
+    groups: Sequence[Sequence[int]] | None = None,
+    *,
+    fit: str = "stretch",
+    longest: int | None = None,
+) -> Image.Image:
+    """Draw kept tokens over one picture without a report: what ``show`` does, from indices and rectangles.
+
+    Parameters
+    ----------
+    image : PIL.Image or sequence of PIL.Image
+        The picture, or the frames of a video.
+    parts : sequence of Part
+        The rectangles that the indices count through.
+    kept : iterable of int
+        Token indices that are left.
+    groups : sequence of sequences of int, optional
+        For every kept token, ascending, the tokens that were merged into it.
+    fit : str
+        ``"crop"``, ``"pad"`` or ``"stretch"``.
+    longest : int, optional
+        Longer side of a rectangle in pixels, about: cells are whole pixels, six at least.
+
+    Returns
+    -------
+    PIL.Image
+        A new RGB picture.
+
+    Raises
+    ------
+    VtokError
+        Something that is no picture.
+    """
+    panels = _panels(_pictures(image), parts, fit, longest)
+    return _row([_draw(panel, set(kept), groups) for panel in panels])
 
 
 def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, width: int = 480) -> Image.Image:
@@ -182,14 +222,17 @@ def _pictures(image: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
     return [picture.convert("RGB") for picture in found]
 
 
-def _fit_of(family: str, parts: Sequence[Part]) -> str:
-    """LLaVA-1.5's processor crops; OneVision pads an image that has others beside it; all else is resized whole."""
+def fit_of(family: str, parts: Sequence[Part]) -> str:
+    """How a family's own processor brings a picture to ``parts``: LLaVA-1.5's crops, OneVision's pads an image that has
+    others beside it, all else is resized whole."""
     if family == "llava":
         return "crop"
     return "pad" if family == "llava_onevision" and len(parts) == 1 else "stretch"
 
 
-def _panels(pictures: Sequence[Image.Image], parts: Sequence[Part], fit: str) -> list[Panel]:
+def _panels(
+    pictures: Sequence[Image.Image], parts: Sequence[Part], fit: str, longest: int | None = None
+) -> list[Panel]:
     starts = [sum(part.length for part in parts[:i]) for i in range(len(parts))]
     drawn = [i for i, part in enumerate(parts) if part.height > 1 or len(parts) == 1]  # a prefix token has no place
     drawn = drawn or list(range(len(parts)))
@@ -200,11 +243,11 @@ def _panels(pictures: Sequence[Image.Image], parts: Sequence[Part], fit: str) ->
     panels = []
     for place, i in enumerate(drawn):
         picture = pictures[place * len(pictures) // len(drawn)]
-        panels.append(Panel(parts[i], starts[i], _place(picture, parts[i], fit)))
+        panels.append(Panel(parts[i], starts[i], _place(picture, parts[i], fit, longest)))
     return panels
 
 
-def _place(picture: Image.Image, part: Part, fit: str) -> Image.Image:
+def _place(picture: Image.Image, part: Part, fit: str, longest: int | None = None) -> Image.Image:
     """The picture as a rectangle of tokens saw it, with whole cells. Stretched pictures keep their own aspect here: it
     is the cells that are not square."""
     ratio = part.width / part.height
@@ -214,7 +257,7 @@ def _place(picture: Image.Image, part: Part, fit: str) -> Image.Image:
     elif fit == "pad":
         width, height = max(width, height * ratio), max(height, width / ratio)
     longer = max(width, height)
-    scale = min(max(longer, SMALLEST), LARGEST) / longer
+    scale = (longest or min(max(longer, SMALLEST), LARGEST)) / longer
     across = max(6, round(width * scale / part.width)) * part.width
     down = max(6, round(height * scale / part.height)) * part.height
     if fit == "crop":

@@ -175,15 +175,9 @@ def run(
     steps = (warmup + repeats) * len(contenders)
     with progress_bar("bench", steps, progress) as advance:
         for turn in range(-warmup, repeats):
-            shift = turn % len(contenders)
-            for contender in contenders[shift:] + contenders[:shift]:
-                with contender.on(model):
-                    times = timed_generate(model, adapter, inputs, new_tokens, clock)
-                    if contender.chain:
-                        times["select"] = 1000 * report(model).seconds.get("select", 0.0)
+            for row, times in timed_round(model, adapter, inputs, contenders, turn, new_tokens, clock, advance):
                 for phase, own in times.items() if turn >= 0 else ():
-                    contender.row.times.setdefault(phase, []).append(own)
-                advance(1)
+                    row.times.setdefault(phase, []).append(own)
     rows = [contender.row for contender in contenders]
     _compare(rows)
     return rows + refused
@@ -210,42 +204,90 @@ def _line_up(
     ceilings: dict[str, Contender] = {}
     for method in methods:
         advance(1)
-        name = _name(method)
+        name = title(method)
         try:
             chain = tuple(own.prepare(model) for own in resolve(method, {}))
             for reason in filter(None, (own.refuse(shape) for own in chain)):
                 raise VtokError(f"{name} cannot serve {adapter.family}: {reason}")
             budget = reachable(model, adapter, chain, keep, sizes)
             row = Row(name, "method", keep=budget)
-            logs: list[ceiling.Log] = [{} for _ in chain]
-            _measure(row, model, inputs, [ceiling.watched(own, log) for own, log in zip(chain, logs, strict=True)])
+            contender = enter(row, chain, model, adapter, inputs, sizes, ceilings)
         except VtokError as error:
             refused.append(Row(name, "refused", note=str(error)))
             continue
         if budget != keep:
             row.note = f"{name} reaches no average below {budget:g} on this model; that is its budget here"
-        contenders.append(Contender(row, chain))
-        average = _average(row, sizes)
-        row.at_input = row.same_cuts = f"random, input, {average:g}"
-        wanted: dict[str, tuple[tuple[Method, ...], int | float]] = {row.at_input: ((ceiling.at_input(),), average)}
-        if any(stage.site != "input" for own in chain for stage in own.stages(shape)):
-            row.same_cuts = f"random, cuts of {name}"
-            same = [ceiling.same_cuts(own, shape, log) for own, log in zip(chain, logs, strict=True)]
-            wanted[row.same_cuts] = (tuple(same), budget)
-        for title, (own_chain, own_keep) in wanted.items():
-            if title not in ceilings:
-                ceilings[title] = Contender(Row(title, "ceiling", keep=own_keep), own_chain)
-                _measure(ceilings[title].row, model, inputs, own_chain)
+        contenders.append(contender)
     return contenders + list(ceilings.values()), refused
 
 
-def _name(method: Any) -> str:
+def enter(
+    row: Row,
+    chain: tuple[Method, ...],
+    model: Any,
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    sizes: Sequence[int],
+    ceilings: dict[str, Contender],
+    memory: bool = True,
+) -> Contender:
+    """A contender from one untimed prefill, and whichever of its two ceilings ``ceilings`` lacks, from one of theirs.
+
+    ``sizes`` are the visual tokens of every image. Without ``memory`` the prefills do not look at it.
+
+    Raises
+    ------
+    VtokError
+        The method cannot serve these inputs at ``row.keep``.
+    """
+    shape = shape_of(adapter)
+    logs: list[ceiling.Log] = [{} for _ in chain]
+    watched = [ceiling.watched(own, log) for own, log in zip(chain, logs, strict=True)]
+    _measure(row, model, inputs, watched, memory)
+    average = _average(row, sizes)
+    row.at_input = row.same_cuts = f"random, input, {average:g}"
+    wanted: dict[str, tuple[tuple[Method, ...], int | float]] = {row.at_input: ((ceiling.at_input(),), average)}
+    if any(stage.site != "input" for own in chain for stage in own.stages(shape)):
+        row.same_cuts = f"random, cuts of {row.name}"
+        same = [ceiling.same_cuts(own, shape, log) for own, log in zip(chain, logs, strict=True)]
+        wanted[row.same_cuts] = (tuple(same), row.keep or 1.0)
+    for name, (own_chain, own_keep) in wanted.items():
+        if name not in ceilings:
+            ceilings[name] = Contender(Row(name, "ceiling", keep=own_keep), own_chain)
+            _measure(ceilings[name].row, model, inputs, own_chain, memory)
+    return Contender(row, chain)
+
+
+def timed_round(
+    model: Any,
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    contenders: Sequence[Contender],
+    turn: int,
+    new_tokens: int,
+    clock: str,
+    advance: Callable[[int], None],
+) -> list[tuple[Row, dict[str, float]]]:
+    """Milliseconds by phase of every contender: each runs once, starting with number ``turn``."""
+    shift, found = turn % len(contenders), []
+    for contender in [*contenders[shift:], *contenders[:shift]]:
+        with contender.on(model):
+            times = timed_generate(model, adapter, inputs, new_tokens, clock)
+            if contender.chain:
+                times["select"] = 1000 * report(model).seconds.get("select", 0.0)
+        found.append((contender.row, times))
+        advance(1)
+    return found
+
+
+def title(method: Any) -> str:
+    """What a method, a name or a list of them is called in a table."""
     if isinstance(method, str):
         return method
     if isinstance(method, Method):
         options = ", ".join(f"{key}={value}" for key, value in method.options().items() if key != "samples")
         return (method.name or type(method).__name__) + (f"({options})" if options else "")
-    return "+".join(_name(part) for part in method)
+    return "+".join(title(part) for part in method)
 
 
 def reachable(
@@ -277,9 +319,13 @@ def _average(row: Row, sizes: Sequence[int]) -> int | float:
     return round(row.average_tokens / row.tokens_in, 4)
 
 
-def _measure(row: Row, model: Any, inputs: Mapping[str, Any], chain: Sequence[Method]) -> None:
+@torch.no_grad()
+def _measure(row: Row, model: Any, inputs: Mapping[str, Any], chain: Sequence[Method], memory: bool) -> None:
     with compressed(model, list(chain), keep=row.keep):
-        row.peak_mb = prefill_peak(model, inputs) / 2**20
+        if memory:
+            row.peak_mb = prefill_peak(model, inputs) / 2**20
+        else:
+            model(**inputs, use_cache=True, logits_to_keep=1)
         _describe(row, report(model))
 
 

@@ -1,0 +1,234 @@
+"""``evaluate``: ask every entry every question, in an order that rotates, and score the answers."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import vtok
+from vtok.api import SESSION, adapter_of
+from vtok.bench.measure import machine
+from vtok.errors import VtokError
+from vtok.method import registry
+from vtok.progress import progress as progress_bar
+from vtok_eval.harness import store, timing
+from vtok_eval.harness.answers import Answers
+from vtok_eval.harness.asking import Asking, Judge
+from vtok_eval.harness.cells import Asked, line_up
+from vtok_eval.harness.features import CAPACITY, Features
+from vtok_eval.harness.prompts import Prompts, takes_instruction
+from vtok_eval.harness.ranks import Ranks
+from vtok_eval.harness.results import described_model, described_task, row
+from vtok_eval.harness.score import Table, collect
+from vtok_eval.harness.settings import settings
+from vtok_eval.harness.sizes import token_sizes
+from vtok_eval.samples import Task
+from vtok_eval.tasks import limited, right
+
+SCHEMA = 1
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    methods: Sequence[Asked],
+    keeps: Sequence[int | float],
+    tasks: Sequence[Task],
+    out: str | Path,
+    *,
+    name: str = "",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    max_new_tokens: int = 16,
+    instruction: bool | None = None,
+    seed: int = 0,
+    blank: bool = False,
+    time_samples: int = 8,
+    repeats: int = 3,
+    clock: str = "wall",
+    share_features: bool = True,
+    overwrite: bool = False,
+    report: bool = True,
+    progress: bool = True,
+    command: str = "",
+    judge: Judge | None = None,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """Answer every question with every method at every budget, and compare.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A vision-language model, not compressed.
+    processor : ProcessorMixin
+        Of the model.
+    methods : sequence
+        Names (``"divprune+random_deep"`` composes), methods, or lists of them.
+    keeps : sequence of int or float
+        Budgets, as for ``vtok.compress``.
+    tasks : sequence of Task
+        As ``vtok_eval.tasks.load`` gives them.
+    out : str or Path
+        Folder for ``results.json``, ``samples.jsonl`` and what else there is. A run that was stopped goes on there.
+    name : str
+        The model's name, for tables.
+    options : mapping, optional
+        Method name -> options, for methods that are given by name.
+    limit : int, optional
+        Only so many samples of each task, each group by its share.
+    batch_size : int
+        Questions at a time; changes no answer (in half precision: but for ties).
+    max_new_tokens : int
+        Longest answer.
+    instruction : bool, optional
+        Put the task's instruction behind the question. Default: unless the model's config says ``vtok_instruction``
+        false, or it is one of the nano models.
+    seed : int
+        Of the bootstrap, and of methods that draw.
+    blank : bool
+        Ask the plain model with grey pictures, too: what the questions give away.
+    time_samples, repeats : int
+        Samples that are timed, and rounds over all entries with each; 0 samples: no timing.
+    clock : {"wall", "cpu"}
+        As for ``vtok.bench.run``.
+    share_features : bool
+        Encode a picture once for all methods that leave the vision tower alone. Changes no answer.
+    overwrite : bool
+        Throw away what ``out`` holds of an earlier run.
+    report : bool
+        Write ``report.html`` and plots, too.
+    progress : bool
+        Show bars when it takes longer than two seconds.
+    command : str
+        Noted in the results.
+    judge : callable, optional
+        (answer, sample) -> right or wrong; by default ``vtok_eval.tasks.right``.
+    ranks : Ranks, optional
+        This process's share, as ``vtok_eval.harness.ranks.joined`` gives it.
+
+    Returns
+    -------
+    dict
+        The contents of ``results.json``; of a rank other than 0 an empty one.
+
+    Raises
+    ------
+    VtokError
+        Settings that make no sense, a folder that holds answers made with other settings, or a full disk.
+    """
+    _check(model, batch_size, limit, max_new_tokens, time_samples, repeats, clock, tasks)
+    ranks, out = ranks or Ranks(), Path(out)
+    adapter = adapter_of(model)
+    if adapter.text is None:
+        raise VtokError(f"{type(model).__name__} has no language model; only vision-language models answer questions")
+    prompts = Prompts(processor, takes_instruction(model, name) if instruction is None else instruction)
+    options = _seeded(methods, options or {}, seed)
+    entries = line_up(model, methods, keeps, options, token_sizes(prompts, adapter, tasks), blank)
+    features = Features(model, adapter, CAPACITY if share_features else 0)
+    answers = Answers(model, adapter, prompts, max_new_tokens, features)
+    asked = settings(model, prompts, answers.config, tasks, entries)
+    cut = [replace(task, samples=limited(task.samples, limit)) if limit else task for task in tasks]
+    running = [entry for entry in entries if entry.status != "refused"]
+    steps = sum(len(task.samples) for task in cut) * len(running)
+    with store.locked(out, ranks.first):
+        _open(out, asked, overwrite, ranks)
+        with progress_bar(f"eval {name}".strip(), -(-steps // ranks.world), progress) as advance:
+            Asking(answers, running, cut, batch_size, judge or right, out, ranks, advance).run()
+        ranks.wait()
+        if not ranks.first:
+            return {}
+        store.gather(out)
+        key = store.fingerprint(asked)
+        times = timing.measure(answers, running, cut, out, time_samples, repeats, clock, progress, key)
+        wanted = {(entry.id, task.name, own.id) for entry in running for task in cut for own in task.samples}
+        table = Table(entries, cut, collect(store.read(out / store.SAMPLES), wanted), seed)
+        results = {
+            "schema": SCHEMA,
+            "vtok": vtok.__version__,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "model": {**described_model(model, adapter, name), "tokens_per_image": table.tokens_per_image()},
+            "machine": machine(model.device),
+            "settings": {
+                "batch_size": batch_size,
+                "limit": limit,
+                "seed": seed,
+                "max_new_tokens": max_new_tokens,
+                "time_samples": time_samples,
+                "repeats": repeats,
+                "clock": clock,
+                "instruction": prompts.instruction,
+                "processes": ranks.world,
+            },
+            "fingerprint": key,
+            "tasks": [described_task(task) for task in cut],
+            "entries": [row(table, entry, times) for entry in entries],
+            "problems": table.problems(),
+        }
+        store.write_json(out / store.RESULTS, results)
+        if report:
+            _render(out)
+    return results
+
+
+def _check(
+    model: Any,
+    batch_size: int,
+    limit: int | None,
+    new: int,
+    time_samples: int,
+    repeats: int,
+    clock: str,
+    tasks: Sequence[Task],
+) -> None:
+    for name, value in (("batch_size", batch_size), ("limit", limit), ("max_new_tokens", new), ("repeats", repeats)):
+        if value is not None and value < 1:
+            raise VtokError(f"{name}={value} must be at least 1")
+    if time_samples < 0:
+        raise VtokError(f"time_samples={time_samples} must be at least 0")
+    if clock not in ("wall", "cpu") or (clock == "cpu" and model.device.type != "cpu"):
+        raise VtokError(f'clock={clock!r} is no clock for {model.device}; take "wall", or "cpu" on a CPU')
+    if not any(task.samples for task in tasks):
+        raise VtokError("there is no sample in these tasks, so nothing to ask; name other tasks or another folder")
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise VtokError(f"two tasks have the same name ({', '.join(names)}); rename one")
+    if SESSION in model.__dict__:
+        raise VtokError("this model is compressed already, so there is no plain model to compare with; vtok.restore it")
+
+
+def _seeded(methods: Sequence[Asked], options: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
+    """Options with the seed for every named method that draws, unless it has one."""
+    if not seed:
+        return options
+    found = {name: dict(own) for name, own in options.items()}
+    for name in {part for asked in methods if isinstance(asked, str) for part in asked.split("+")}:
+        if "seed" in getattr(registry().get(name), "__dataclass_fields__", {}):
+            found[name] = {"seed": seed, **found.get(name, {})}
+    return found
+
+
+def _open(out: Path, asked: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
+    """The folder ready to go on: settings checked, files whole, in agreement between ranks."""
+    if overwrite and ranks.first:
+        store.clear(out)
+    ranks.wait()
+    known = store.check(out, asked)
+    ranks.wait()
+    if ranks.first:
+        store.make_folder(out)
+        store.write_json(out / store.SETTINGS, known)
+        store.gather(out, retry=True)
+    ranks.wait()
+
+
+def _render(out: Path) -> None:
+    try:
+        from vtok_eval import render
+    except ImportError:
+        return
+    render.write(out)

@@ -1,0 +1,1 @@
+"""The bundled tasks as YAML, for ``lmms-eval --include_path``."""

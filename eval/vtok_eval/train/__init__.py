@@ -1,0 +1,1 @@
+"""Training of the embedded models: ``python -m vtok_eval.train nano-llava``."""

@@ -1,0 +1,48 @@
+"""``python -m vtok_eval.train nano-llava``: train an embedded model, from scratch or from its last checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vtok.errors import VtokError
+
+MODELS = ("nano-llava", "nano-qwen", "small-llava")
+
+
+def command(
+    model: Annotated[str, typer.Argument(help=f"One of {', '.join(MODELS)}.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for checkpoints, log and model; runs/MODEL by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
+    scale: Annotated[float, typer.Option(help="Multiply the recipe's steps by this.", min=0.0)] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one by default.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes that draw scenes.", min=0)] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in the folder.")] = True,
+) -> None:
+    """Train an embedded model; interrupted, the same command goes on."""
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = out or Path("runs") / model
+    try:
+        if model in MODELS[:2]:
+            from vtok_eval.train import nano
+
+            nano.run(model, folder, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
+        elif model == "small-llava":
+            from vtok_eval.train import small
+
+            small.train(folder, seed=seed, resume=resume, device=place)
+        else:
+            raise VtokError(f"there is no recipe for {model!r}; known are {', '.join(MODELS)}")
+    except VtokError as error:
+        Console(stderr=True, soft_wrap=True).print(Text(f"Error: {error}", style="red"))
+        raise typer.Exit(2) from None
+    typer.echo(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    typer.run(command)

@@ -1,0 +1,148 @@
+"""Batches for training: scenes made on the fly, one stream a seed, the same whatever the number of workers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vtok_eval import scenes
+from vtok_eval.scenes.crowd import crowd
+from vtok_eval.train.labels import Labels, labels
+
+#: how often each kind of scene is drawn
+KINDS = {"mixed": 0.46, "count": 0.16, "text": 0.22, "detail": 0.16}
+
+
+@dataclass
+class Turn:
+    """One question about an item's pictures, in tokens."""
+
+    task: str
+    question: list[int]
+    answer: list[int]
+
+
+@dataclass
+class Batch:
+    """Items that share a number of pictures.
+
+    Attributes
+    ----------
+    images : dict of str to Tensor
+        What the image processor gave for all pictures, item by item.
+    grids : list of list of tuple
+        Rows and columns of tokens of each picture, by item.
+    labels : list of Labels
+        Of all pictures.
+    turns : list of list of Turn
+        Questions by item.
+    """
+
+    images: dict[str, Tensor]
+    grids: list[list[tuple[int, int]]]
+    labels: list[Labels]
+    turns: list[list[Turn]]
+
+
+class Scenes(Dataset):
+    """Batch number i of a seeded stream; the seed string starts with "train/", so no task's scene is ever drawn.
+
+    Parameters
+    ----------
+    name : str
+        The model: ``"nano-llava"`` or ``"nano-qwen"``.
+    processor
+        Its processor.
+    size : int
+        Pictures in a batch.
+    steps : int
+        Batches in the stream.
+    seed : str
+        Of the stream.
+    questions : int
+        At most so many about an item.
+    pairs : float
+        Share of batches whose items have two pictures.
+    crowds : float
+        Share of pictures that are crowded and ask nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        processor: Any,
+        size: int,
+        steps: int,
+        seed: str,
+        questions: int = 10,
+        pairs: float = 0.0,
+        crowds: float = 0.0,
+    ) -> None:
+        self.name, self.processor, self.size, self.steps = name, processor, size, steps
+        self.seed, self.questions, self.pairs, self.crowds = seed, questions, pairs, crowds
+        self._tokens: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = random.Random(f"train/{self.seed}/{step}")
+        paired = rng.random() < self.pairs
+        drawn, turns = [], []
+        for _ in range(self.size // 2 if paired else self.size):
+            if paired:
+                own = list(scenes.pair(rng))
+                asked = scenes.pair_questions(own[0], own[1], rng, limit=self.questions)
+            elif rng.random() < self.crowds:
+                own, asked = [crowd(rng)], []
+            else:
+                own = [scenes.make(rng.choices(list(KINDS), KINDS.values())[0], rng)]
+                asked = scenes.questions(own[0], rng, limit=self.questions)
+            drawn.append(own)
+            turns.append([Turn(qa.task, self._ids(qa.question), self._ids(qa.answer)) for qa in asked])
+        images, frames = prepared(self.name, self.processor, [scene.image for own in drawn for scene in own])
+        flat = [scene for own in drawn for scene in own]
+        maps = [labels(scene, *grid, frame) for scene, (grid, frame) in zip(flat, frames, strict=True)]
+        grids = iter([grid for grid, _ in frames])
+        return Batch(images, [[next(grids) for _ in own] for own in drawn], maps, turns)
+
+    def _ids(self, text: str) -> list[int]:
+        if text not in self._tokens:
+            self._tokens[text] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        return self._tokens[text]
+
+
+def prepared(
+    name: str, processor: Any, pictures: list[Any]
+) -> tuple[dict[str, Tensor], list[tuple[tuple[int, int], tuple[float, float, float, float]]]]:
+    """Pixels by the model's own processor, and for each picture its token grid and the part of it that it fills."""
+    given = processor.image_processor(images=pictures, return_tensors="pt")
+    images = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    found: list[Any] = []
+    if "image_grid_thw" in images:
+        for _, rows, columns in images["image_grid_thw"].tolist():
+            grid = (rows // 2, columns // 2)
+            found.append((grid, (0.0, 0.0, float(grid[1]), float(grid[0]))))
+        return images, found
+    side = images["pixel_values"].shape[-1] // 14
+    for picture in pictures:
+        width, height = picture.size
+        longest = max(width, height)
+        left, top = (longest - width) / 2 * side / longest, (longest - height) / 2 * side / longest
+        found.append(((side, side), (left, top, side - left, side - top)))
+    return images, found
+
+
+def same(batch: Batch) -> Batch:
+    """For a loader that must not collate: a batch is made as one."""
+    return batch
+
+
+def moved(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch's pixels on a device."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.images.items()}

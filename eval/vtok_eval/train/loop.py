@@ -1,0 +1,178 @@
+"""The training loop that every recipe shares: seeded, resumable, logged."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from vtok.errors import VtokError
+from vtok_eval.train.data import same
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training.
+
+    Attributes
+    ----------
+    name : str
+        Names its checkpoint and its lines in the log.
+    steps : int
+        Batches.
+    groups : sequence of (modules, peak learning rate)
+        What is trained, and how fast; everything else is frozen.
+    step : callable
+        batch -> (loss, numbers for the log).
+    warmup : int
+        Steps from 0 to the peak; a cosine leads down to 2 % of it at the end.
+    decay : float
+        AdamW's, on matrices.
+    """
+
+    name: str
+    steps: int
+    groups: Sequence[tuple[Sequence[nn.Module], float]]
+    step: Callable[[Any], tuple[Tensor, dict[str, float]]]
+    warmup: int = 200
+    decay: float = 0.05
+
+
+def train(
+    model: nn.Module,
+    stage: Stage,
+    data: Dataset,
+    folder: Path,
+    *,
+    workers: int = 0,
+    every: float = 180.0,
+    resume: bool = True,
+    console: Console | None = None,
+) -> None:
+    """Run a stage, from its checkpoint if there is one.
+
+    Batch number i depends on the seed and on i alone, so a resumed run sees what an uninterrupted one would.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Holds everything that is trained; its state goes into the checkpoint.
+    stage : Stage
+        What to do.
+    data : Dataset
+        ``data[i]`` is batch i.
+    folder : Path
+        For ``{stage}.pt`` (checkpoint) and ``log.jsonl``.
+    workers : int
+        Processes that make batches.
+    every : float
+        Seconds between checkpoints.
+    resume : bool
+        ``False`` starts the stage anew.
+
+    Raises
+    ------
+    VtokError
+        The loss is no longer a number.
+    """
+    device = next(model.parameters()).device
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = folder / f"{stage.name}.pt", folder / "log.jsonl"
+    optimizer = _optimizer(model, stage)
+    first = 0
+    if resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        if saved["step"] >= stage.steps:
+            return
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    rates = [rate for _, rate in stage.groups for _ in range(2)]
+    batches: Iterable[Any] = DataLoader(
+        Subset(data, range(first, stage.steps)), batch_size=None, num_workers=workers, collate_fn=same
+    )
+    started = saved_at = time.monotonic()
+    mean: dict[str, float] = {}
+    with _bar(console) as bar:
+        task = bar.add_task(stage.name, total=stage.steps, completed=first, note="")
+        for number, batch in enumerate(batches, first):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * _schedule(number, stage.steps, stage.warmup)
+            torch.manual_seed(number)  # whatever a step draws, it draws again after a resume
+            with torch.autocast(device.type, torch.bfloat16):
+                loss, numbers = stage.step(batch)
+            if not math.isfinite(loss.item()):
+                raise VtokError(f"the loss of {stage.name} is {loss.item()} at step {number}; lower the learning rate")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+            optimizer.step()
+            for key, value in {"loss": loss.item(), **numbers}.items():
+                mean[key] = value if key not in mean else 0.98 * mean[key] + 0.02 * value
+            bar.update(task, advance=1, note=f"loss {mean['loss']:.3f}")
+            now, done = time.monotonic(), number + 1
+            if done % 50 == 0 or done == stage.steps:
+                line = {"stage": stage.name, "step": done, "seconds": round(now - started, 1)}
+                with log.open("a") as file:
+                    file.write(json.dumps(line | {key: round(value, 4) for key, value in mean.items()}) + "\n")
+            if now - saved_at > every or done == stage.steps:
+                saved_at = now
+                finished = done == stage.steps
+                state = {"step": done, "model": model.state_dict()}
+                state |= {} if finished else {"optimizer": optimizer.state_dict()}
+                part = checkpoint.with_suffix(".part")
+                torch.save(state, part)
+                part.replace(checkpoint)
+
+
+def _optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW with decay on matrices only; whatever is in no group is frozen."""
+    model.requires_grad_(False)
+    groups: list[dict[str, Any]] = []
+    for modules, rate in stage.groups:
+        own = list({id(p): p for module in modules for p in module.parameters()}.values())
+        for p in own:
+            p.requires_grad_(True)
+        groups.append({"params": [p for p in own if p.ndim > 1], "lr": rate, "weight_decay": stage.decay})
+        groups.append({"params": [p for p in own if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _bar(console: Console | None) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    console = console or Console(stderr=True)
+    bar = Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    )
+    return bar if console.is_terminal else _Quiet(bar)  # type: ignore[return-value]
+
+
+class _Quiet(nullcontext):
+    """A bar that draws nothing where there is no terminal."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def add_task(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def update(self, *_: Any, **__: Any) -> None:
+        return None

@@ -1,0 +1,134 @@
+"""Recipes of nano-llava and nano-qwen: a tower that sees, then a language model that answers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtok.errors import VtokError
+from vtok_eval import assets, scenes
+from vtok_eval.models import nano, surgery
+from vtok_eval.train.data import Scenes, prepared
+from vtok_eval.train.language import Talk
+from vtok_eval.train.loop import Stage, train
+from vtok_eval.train.tower import Tower, matmul_patches
+
+#: pictures in a batch of each stage, batches, and peak learning rates
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "nano-llava": {
+        "tower": {"size": 8, "steps": 700, "rate": 1e-4},
+        "pooled": {"size": 8, "steps": 2500, "rate": 2e-3, "pool": 2},
+        "full": {"size": 8, "steps": 400, "rate": 7e-4},
+    },
+    "nano-qwen": {
+        "tower": {"size": 8, "steps": 1000, "rate": 3e-4},
+        "pooled": {"size": 8, "steps": 3000, "rate": 2e-3, "pool": 1},
+        "full": {"size": 8, "steps": 800, "rate": 7e-4},
+    },
+}
+
+
+def run(
+    name: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    device: str = "cpu",
+    workers: int = 0,
+    resume: bool = True,
+) -> Path:
+    """Train a nano model and save it as a plain folder.
+
+    Parameters
+    ----------
+    name : str
+        ``"nano-llava"`` or ``"nano-qwen"``.
+    out : Path
+        For checkpoints, log and the finished ``model/``.
+    seed : int
+        Of weights and scenes.
+    scale : float
+        All step counts times this; 1 is what the shipped weights had.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    workers : int
+        Processes that draw scenes; 0 draws them in this one.
+    resume : bool
+        Go on from checkpoints in ``out``.
+
+    Returns
+    -------
+    Path
+        The folder of the finished model.
+    """
+    if name not in RECIPES:
+        raise VtokError(f"there is no recipe for {name!r}; known are {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    model, processor = nano.blank(name, scenes.words(), seed)
+    teacher = start_tower(name, model, seed).to(device)
+    model.train().to(device)
+    talk, tower = Talk(name, model, processor), Tower(name, model, teacher).to(device)
+    language = [model.model.language_model]
+    for layer in model.model.language_model.layers:
+        layer.compile(dynamic=True)  # a fifth of a step's time, for half a minute once
+    # the tower stays as it is from here on: its backward pass is most of a step, and it sees already
+    language += [model.model.multi_modal_projector] if name == "nano-llava" else [model.model.visual.merger]
+    for stage, own in recipe.items():
+        steps = max(1, round(own["steps"] * scale))
+        if stage == "tower":
+            trained: nn.Module = tower
+            groups: list[Any] = [([tower.tower], own["rate"]), ([tower.heads], 2e-3)]
+            step: Any = tower.step
+        else:
+            trained, step = talk, talk.step
+            talk.pool = own.get("pool", 1)
+            groups = [(language, own["rate"])]
+        mix = {"crowds": 0.8} if stage == "tower" else {"pairs": 0.15}
+        data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", **mix)
+        plan = Stage(stage, steps, groups, step, warmup=max(1, min(200, steps // 10)))
+        with matmul_patches(model):
+            train(trained, plan, data, out, workers=workers, resume=resume)
+    folder = out / "model"
+    save(model, processor, folder)
+    return folder
+
+
+def start_tower(name: str, model: Any, seed: int) -> Any:
+    """Fill a nano model's tower with what it takes from DINOv2-small; that teacher, cut to as many layers."""
+    from transformers import Dinov2Model
+
+    config, weights = assets.dinov2()
+    teacher: Any = Dinov2Model(config).eval()
+    teacher.load_state_dict(weights)
+    rng = random.Random(f"train/{seed}/start")
+    pictures = [scenes.make(rng.choice(scenes.KINDS), rng, size=(nano.SIDE, nano.SIDE)).image for _ in range(12)]
+    pixels = prepared("nano-llava", nano.processor("nano-llava", scenes.words()), pictures)[0]["pixel_values"]
+    own = model.config.vision_config
+    layers = own.num_hidden_layers
+    seen = surgery.observed(teacher, pixels, layers)
+    if name == "nano-llava":
+        found = surgery.clip_from_dinov2(weights, layers, own.intermediate_size, own.image_size // own.patch_size, seen)
+        model.model.vision_tower.load_state_dict(found)
+    else:
+        found = surgery.qwen_from_dinov2(weights, layers, own.intermediate_size, own.num_heads, seen)
+        missing, unexpected = model.model.visual.load_state_dict(found, strict=False)
+        if unexpected or any(not key.startswith("merger") for key in missing):
+            raise VtokError(f"DINOv2's weights do not fit {name}: {[*missing, *unexpected][:3]}")
+    # its last hidden state is then that of the last layer taken over, without the final norm
+    teacher.encoder.layer = teacher.encoder.layer[:layers]
+    teacher.layernorm = nn.Identity()
+    return teacher.requires_grad_(False)
+
+
+def save(model: Any, processor: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a folder that plain ``from_pretrained`` loads, in bfloat16: half the size."""
+    lean = type(model)(model.config)
+    lean.load_state_dict(model.state_dict())
+    lean.generation_config = model.generation_config
+    lean.to(dtype).eval().save_pretrained(folder)
+    processor.save_pretrained(folder)

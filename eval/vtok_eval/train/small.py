@@ -1,0 +1,289 @@
+"""Recipe of small-llava: two frozen models learn to understand each other.
+
+Low-rank changes of DINOv2-small and SmolLM2, and a projector. First the tower learns to say what every token looks at,
+and the projector to say it in the language model's own words; then questions are answered, over pooled tokens first
+(four times cheaper), over all tokens at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vtok_eval import scenes
+from vtok_eval.models import small
+from vtok_eval.samples import INSTRUCTION
+from vtok_eval.train import lora
+from vtok_eval.train.data import Batch, Scenes, Turn, prepared
+from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, Labels
+from vtok_eval.train.language import Talk
+from vtok_eval.train.loop import Stage
+from vtok_eval.train.loop import train as run_stage
+from vtok_eval.train.tower import Heads, Tower, distance
+
+TOWER_LAYERS = r"vision_tower\.encoder\.layer\.\d+\.(attention\.[qkvo]_proj|mlp\.fc[12])$"
+DECODER_LAYERS = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$"
+TOWER_RANK, DECODER_RANK = 32, 16
+#: spread of the projector's output in units of the word embeddings' spread
+LOUDNESS = 3.0
+#: weight of the tower's distance from what it was; DINOv2 knows more of the world than scenes can teach
+CLOSE = 6.0
+
+#: pictures in a batch of each stage, batches, and peak learning rates
+RECIPE: dict[str, dict[str, Any]] = {
+    "tower": {"size": 8, "steps": 1500, "rates": {"tower": 5e-4, "heads": 2e-3, "projector": 1e-3}},
+    "pooled": {"size": 8, "steps": 3000, "rates": {"projector": 1e-3, "decoder": 5e-4}, "pool": 2},
+    "whole": {"size": 8, "steps": 600, "rates": {"projector": 3e-4, "decoder": 3e-4, "tower": 1e-4}, "pool": 1},
+}
+
+
+class Asked(Scenes):
+    """Scenes whose questions come as people and harnesses put them: half in capitals, half with the instruction."""
+
+    def __getitem__(self, step: int) -> Batch:
+        batch = super().__getitem__(step)
+        rng = random.Random(f"train/{self.seed}/{step}/asked")
+        batch.turns = [[self._put(turn, rng) for turn in turns] for turns in batch.turns]
+        return batch
+
+    def _put(self, turn: Turn, rng: random.Random) -> Turn:
+        capital, instructed = rng.random() < 0.5, rng.random() < 0.5
+        question = self.processor.tokenizer.decode(turn.question)
+        question = question[:1].upper() + question[1:] if capital else question
+        return Turn(turn.task, self._ids(question + f"\n{INSTRUCTION}" * instructed), turn.answer)
+
+
+class Chat(Talk):
+    """``Talk`` in SmolLM2's ChatML, as ``small.TEMPLATE`` writes it."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        nn.Module.__init__(self)
+        self.name, self.model, self.pool = "nano-llava", model, 1  # its layout: one grid a picture, positions in a row
+        text = processor.tokenizer
+
+        def ids(string: str) -> list[int]:
+            return list(text(string, add_special_tokens=False).input_ids)
+
+        self.head, self.before, self.after = ids("<|im_start|>user\n"), [], ids("\n")
+        self.image = processor.image_token_id
+        self.ask, self.end = ids("<|im_end|>\n<|im_start|>assistant\n"), [text.eos_token_id]
+
+
+class Eyes(Tower):
+    """The tower with its readings: what each token looks at, and for the class token what is there at all.
+
+    Its features stay near those of the frozen tower, and the projector is pulled towards the words for what is seen.
+    """
+
+    def __init__(self, model: Any, processor: Any, changes: nn.ModuleList, share: float = 2 / 3) -> None:
+        nn.Module.__init__(self)
+        self.name, self.share = "nano-llava", share
+        self.tower, self.projector, self.changes = model.model.vision_tower, model.model.multi_modal_projector, changes
+        width, depth = model.config.vision_config.hidden_size, model.config.vision_config.num_hidden_layers
+        self.heads = Heads(width, width)
+        self.layer = model.config.vision_feature_layer % (depth + 1)
+        self.words = nn.ParameterList(
+            nn.Parameter(table, requires_grad=False)
+            for table in (_spelt(names, model, processor) for names in (THINGS, COLOURS, CHARACTERS))
+        )
+
+    def _llava(self, pixels: Tensor, grid: tuple[int, int], truth: list[Labels]) -> tuple[Tensor, dict[str, float]]:
+        window = self._window(grid)
+        top, left, rows, columns = window
+        index = torch.arange(grid[0] * grid[1], device=pixels.device).view(grid)
+        index = index[top : top + rows, left : left + columns].flatten() + 1
+        start = self.tower.embeddings(pixels)[:, torch.cat((index.new_zeros(1), index))]
+        states = self._states(start)
+        with torch.no_grad(), lora.without(self.changes):
+            before = self._states(start)[self.layer][:, 1:]
+        cut = [own.window(*window) for own in truth]
+        tokens = states[self.layer][:, 1:]
+        loss, numbers = self.heads.loss(tokens.flatten(0, 1), states[-1][:, 0], cut)
+        target, known = self._targets(cut, pixels.device)
+        said = self.projector(tokens.flatten(0, 1))[known].float()
+        near, away = F.cosine_similarity(said, target[known], dim=-1).mean(), distance(tokens, before)
+        return loss + CLOSE * away + 1 - near, {**numbers, "word": near.item(), "distance": away.item()}
+
+    def _states(self, hidden: Tensor) -> list[Tensor]:
+        states = [hidden]
+        for layer in self.tower.encoder.layer:
+            states.append(layer(states[-1]))
+        return states
+
+    def _targets(self, truth: list[Labels], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(n, D) sum of the words for each token's thing, colour and character, and (n,) bool where there is any."""
+        total: Any = 0
+        for table, name in zip(self.words, ("thing", "colour", "character"), strict=True):
+            classes = torch.cat([getattr(own, name).flatten() for own in truth]).to(device)
+            total = total + table[classes.where(classes != IGNORE, 0)]
+        return total, total.abs().sum(-1) > 0
+
+
+def _spelt(names: tuple[str, ...], model: Any, processor: Any) -> Tensor:
+    """(len(names), D) mean embedding of each name's tokens; zeros for the empty name."""
+    table, rows = model.get_input_embeddings().weight.detach().float(), []
+    for name in names:
+        ids = processor.tokenizer(f" {name}", add_special_tokens=False).input_ids
+        rows.append(table[ids].mean(0) if name else torch.zeros_like(table[0]))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def settle(model: Any, pixels: Tensor) -> None:
+    """Start the projector: standardised features in, ``LOUDNESS`` times the spread of word embeddings out."""
+    config = model.config
+    seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+    seen = seen[:, 1:].flatten(0, 1).float()
+    projector = model.model.multi_modal_projector
+    first, second = projector.linear_1, projector.linear_2
+    for linear in (first, second):
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.zeros_(linear.bias)
+    mean, spread = seen.mean(0), seen.std(0).clamp(min=1e-6)
+    first.weight.div_(spread)
+    first.bias.copy_(-first.weight @ mean)
+    second.weight.mul_(LOUDNESS * model.get_input_embeddings().weight.float().std() / projector(seen).std())
+
+
+class Student:
+    """A model made ready: frozen in bf16, with changes to train.
+
+    Parameters
+    ----------
+    model, processor
+        As ``small.base`` gives them.
+    device : str or torch.device
+        Where it trains.
+    seed : int
+        Of the new weights and of the scenes that settle the projector.
+    """
+
+    def __init__(self, model: Any, processor: Any, device: str | torch.device = "cpu", seed: int = 0) -> None:
+        self.model, self.processor, self.seed = model, processor, seed
+        model.requires_grad_(False).train()
+        place = torch.device(device)
+        with torch.random.fork_rng([place] if place.type == "cuda" else []):
+            torch.manual_seed(seed)
+            rng = random.Random(f"train/small-llava/{seed}/start")
+            pictures = [scenes.make(rng.choice(scenes.KINDS), rng).image for _ in range(8)]
+            settle(model, prepared("nano-llava", processor, pictures)[0]["pixel_values"])
+            for weight in model.parameters():  # not the module: rotary frequencies stay fp32
+                weight.data = weight.data.to(torch.bfloat16)
+            model.to(place).model.multi_modal_projector.float()
+            tower = lora.attach(model, TOWER_LAYERS, TOWER_RANK)
+            decoder = lora.attach(model, DECODER_LAYERS, DECODER_RANK)
+            self.eyes, self.chat = Eyes(model, processor, tower).to(place), Chat(model, processor)
+        parts = {"tower": tower, "decoder": decoder, "projector": model.model.multi_modal_projector}
+        self.parts = nn.ModuleDict({**parts, "heads": self.eyes.heads})
+
+    def stage(self, name: str, steps: int) -> Stage:
+        """A stage of ``RECIPE`` for the training loop."""
+        own = RECIPE[name]
+        self.chat.pool = own.get("pool", 1)
+        groups = [([self.parts[part]], rate) for part, rate in own["rates"].items()]
+        step = self.eyes.step if name == "tower" else self.chat.step
+        return Stage(name, steps, groups, step, warmup=max(1, min(100, steps // 10)), decay=0.01)
+
+    def scenes(self, name: str, size: int, steps: int) -> Scenes:
+        """The stream of a stage; only questions about pairs are the matter of the last two."""
+        pairs = {"tower": 0.0, "pooled": 0.12, "whole": 0.08}.get(name, 0.1)
+        crowds = 0.8 if name == "tower" else 0.0
+        seed = f"small-llava/{self.seed}/{name}"
+        return Asked("nano-llava", self.processor, size, steps, seed, questions=6, pairs=pairs, crowds=crowds)
+
+    def delta(self) -> dict[str, Tensor]:
+        """What ``small.assemble`` takes."""
+        projector = self.model.model.multi_modal_projector.named_parameters(prefix="model.multi_modal_projector")
+        return {
+            **lora.delta(self.model),
+            **{name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in projector},
+        }
+
+    @torch.no_grad()
+    def check(self, batches: int = 25, size: int = 8) -> dict[str, dict[str, float]]:
+        """Share of right answers by task on scenes of a stream of their own: as they are, and with a blank picture.
+
+        An answer is right when every token is the likeliest one, the end included: what greedy decoding would write.
+        """
+        self.chat.pool = 1
+        found: dict[str, dict[str, list[float]]] = {"seen": defaultdict(list), "blank": defaultdict(list)}
+        device = next(self.parts.parameters()).device
+        for number in range(batches):
+            batch = self.scenes("check", size, batches)[number]
+            for kind, into in found.items():
+                if kind == "blank":
+                    batch.images = {name: torch.zeros_like(value) for name, value in batch.images.items()}
+                with torch.autocast(device.type, torch.bfloat16):
+                    _, right = self.chat.step(batch)
+                for task, share in right.items():
+                    into[task].append(share)
+        return {kind: {task: sum(own) / len(own) for task, own in sorted(into.items())} for kind, into in found.items()}
+
+
+def train(
+    out: str | Path,
+    *,
+    scale: float = 1.0,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int = 0,
+    resume: bool = True,
+    steps: Mapping[str, int] | None = None,
+    base: tuple[Any, Any] | None = None,
+) -> Path:
+    """Train small-llava's delta.
+
+    Parameters
+    ----------
+    out : str or Path
+        For checkpoints, ``log.jsonl`` and the finished ``model/delta.safetensors``.
+    scale : float
+        All step counts times this; 1 is what the shipped delta had.
+    seed : int
+        Of new weights and scenes.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    workers : int
+        Processes that draw scenes; 0 draws them in this one.
+    resume : bool
+        Go on from checkpoints in ``out``.
+    steps : mapping, optional
+        Steps by stage instead of the recipe's; a stage of 0 steps is left out.
+    base : tuple of (model, processor), optional
+        Another model than the two packages' (tests).
+
+    Returns
+    -------
+    Path
+        The finished delta.
+
+    Raises
+    ------
+    VtokError
+        The packages cannot be had; the loss is no longer a number.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(out)
+    student = Student(*(base or small.base()), device=device, seed=seed)
+    for name, own in RECIPE.items():
+        count = steps.get(name, 0) if steps is not None else max(1, round(own["steps"] * scale))
+        if count:
+            data = student.scenes(name, own["size"], count)
+            run_stage(student.parts, student.stage(name, count), data, folder, workers=workers, resume=resume)
+    target = folder / "model" / small.DELTA
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(student.delta(), target, metadata={"format": "pt", "seed": str(seed), "scale": str(scale)})
+    with (folder / "log.jsonl").open("a") as log:
+        for pictures, right in student.check(25 if steps is None else 1).items():
+            numbers = {task: round(share, 4) for task, share in right.items()}
+            log.write(json.dumps({"stage": "check", "pictures": pictures, **numbers}) + "\n")
+    return target

@@ -1,0 +1,253 @@
+"""nano-llava and nano-qwen: stock classes, a tokenizer that can say anything, and what training makes of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vtok
+from vtok.geometry import randomize
+from vtok_eval import models, scenes
+from vtok_eval.models import nano
+from vtok_eval.scenes.crowd import crowd
+from vtok_eval.scenes.records import Scene, Thing
+from vtok_eval.train.data import Batch, Scenes, Turn
+from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, covered, labels
+from vtok_eval.train.language import Talk
+from vtok_eval.train.loop import Stage, train
+from vtok_eval.train.nano import RECIPES, save
+from vtok_eval.train.tower import Tower, matmul_patches
+
+PICTURES = [Image.effect_noise(size, 90).convert("RGB") for size in ((448, 336), (336, 336))]
+QUESTIONS = [("what object is in the picture?", "dog"), ("read the word.", "zuq42"), ("where is the cat?", "top left")]
+
+
+@pytest.fixture(scope="module", params=nano.NANO)
+def made(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
+    model, processor = nano.blank(request.param, scenes.words())
+    randomize(model, 0)
+    return request.param, model, processor
+
+
+def prompt(processor: Any, pictures: int, question: str) -> str:
+    content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def test_every_word_of_the_scenes_is_one_token() -> None:
+    text = nano.tokenizer(scenes.words())
+    for word in scenes.words():
+        assert len(text(word, add_special_tokens=False).input_ids) == 1, word
+
+
+def test_anything_else_is_spelt() -> None:
+    text = nano.tokenizer(scenes.words())
+    ids = text("Zuq42 !", add_special_tokens=False).input_ids
+    assert text.decode(ids) == "zuq42 !"
+    assert text.unk_token_id not in ids
+    assert len(ids) == 6
+
+
+def test_a_saved_model_loads_plainly(made: tuple[str, Any, Any], tmp_path: Path) -> None:
+    name, model, processor = made
+    save(model, processor, tmp_path, torch.float32)
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    again: Any = transformers.AutoProcessor.from_pretrained(tmp_path)
+    inputs = [p(images=PICTURES[:1], text=[prompt(p, 1, QUESTIONS[0][0])], return_tensors="pt") for p in (processor, again)]
+    assert inputs[0].keys() == inputs[1].keys()
+    assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in inputs[0])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs[0]).logits, loaded(**inputs[1]).logits)
+    tokens = int((inputs[0]["input_ids"] == model.config.image_token_id).sum())
+    assert tokens == 576 if name == "nano-llava" else 256 <= tokens <= 289
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_many_questions_in_a_row_cost_what_each_costs_alone(made: tuple[str, Any, Any], pictures: int) -> None:
+    name, model, processor = made
+    ids = lambda text: processor.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    images = dict(processor.image_processor(images=PICTURES[:pictures], return_tensors="pt"))
+    grids = [(24, 24)] * pictures
+    if name == "nano-qwen":
+        grids = [(height // 2, width // 2) for _, height, width in images["image_grid_thw"].tolist()]
+    turns = [Turn("any", ids(question), ids(answer)) for question, answer in QUESTIONS]
+    with torch.no_grad():
+        found, _ = Talk(name, model, processor).step(Batch(images, [grids], [], [turns]))
+        wanted = [alone(model, processor, pictures, question, ids(answer)) for question, answer in QUESTIONS]
+    torch.testing.assert_close(found, torch.stack(wanted).mean(), atol=1e-4, rtol=1e-4)
+
+
+def alone(model: Any, processor: Any, pictures: int, question: str, answer: list[int]) -> Tensor:
+    """The loss of one answer behind the prompt that the processor makes."""
+    inputs = processor(images=PICTURES[:pictures], text=[prompt(processor, pictures, question)], return_tensors="pt")
+    said = torch.tensor([[*answer, processor.tokenizer.eos_token_id]])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], said], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(said)], 1)
+    logits = model(**inputs).logits[0, -said.shape[1] - 1 : -1].float()
+    return F.cross_entropy(logits, said[0])
+
+
+def test_pooled_tokens_stand_where_their_first_ones_stood(made: tuple[str, Any, Any]) -> None:
+    name, model, processor = made
+    rows = [Talk(name, model, processor, pool=pool)._row([(4, 6)], []) for pool in (1, 2)]
+    places = [[p for i, p in zip(row["ids"], row["positions"], strict=True) if i == model.config.image_token_id] for row in rows]
+    assert len(places[0]) == 24 and len(places[1]) == 6
+    assert all(place in places[0] for place in places[1])
+    # text goes on at the same place
+    assert rows[0]["positions"][-1] == rows[1]["positions"][-1] or name == "nano-llava"
+
+
+@pytest.mark.parametrize("name", nano.NANO)
+def test_every_recipe_names_real_stages(name: str) -> None:
+    assert list(RECIPES[name])[0] == "tower"
+    for own in RECIPES[name].values():
+        assert own["steps"] > 0 and 0 < own["rate"] < 0.1
+
+
+def test_batches_depend_on_seed_and_number_alone() -> None:
+    processor = nano.processor("nano-llava", scenes.words())
+    data = [Scenes("nano-llava", processor, 2, 4, "a", pairs=0.5, crowds=0.5) for _ in range(2)]
+    data[1][0]  # another order of calls
+    for number in (3, 1):
+        first, second = data[0][number], data[1][number]
+        assert torch.equal(first.images["pixel_values"], second.images["pixel_values"])
+        assert first.turns == second.turns
+    other = Scenes("nano-llava", processor, 2, 4, "b")[3]
+    assert not torch.equal(other.images["pixel_values"][:1], data[0][3].images["pixel_values"][:1])
+
+
+def test_labels_say_what_a_token_looks_at() -> None:
+    things = (
+        Thing(scenes.CONCEPTS[3], "object", None, (0, 0, 28, 28)),
+        Thing(scenes.SHAPES[0], "shape", "red", (56, 0, 84, 28)),
+        Thing("word", "text", None, (0, 56, 84, 84), "aB", ((0, 56, 42, 84), (42, 56, 84, 84))),
+    )
+    found = labels(Scene(Image.new("RGB", (84, 84)), things, "blue", "seen", "mixed"), 6, 6, (0, 0, 6, 6))
+    assert found.thing[0, 0] == found.thing[1, 1] == THINGS.index(scenes.CONCEPTS[3])
+    assert found.thing[0, 4] == THINGS.index(scenes.SHAPES[0])
+    assert found.thing[2, 2] == 0
+    assert found.colour[0, 4] == COLOURS.index("red")
+    assert found.colour[2, 2] == COLOURS.index("blue")
+    assert found.colour[0, 0] == IGNORE
+    assert found.character[5].tolist() == [CHARACTERS.index("a")] * 3 + [CHARACTERS.index("b")] * 3
+    assert set(found.present().nonzero().flatten().tolist()) == set(found.thing.unique().tolist()) - {0}
+    assert torch.equal(found.window(1, 2, 3, 4).thing, found.thing[1:4, 2:6])
+
+
+def test_a_tiny_box_has_a_token() -> None:
+    assert covered((1.8, 2.9, 2.1, 3.1), 5, 5).nonzero().tolist() == [[3, 1]]
+
+
+def test_crowds_are_full_and_apart() -> None:
+    scene = crowd(random.Random(1))
+    assert len(scene.things) > 9
+    boxes = [thing.box for thing in scene.things]
+    for number, one in enumerate(boxes):
+        for other in boxes[:number]:
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+@pytest.mark.grad
+@pytest.mark.parametrize("name", nano.NANO)
+def test_a_tower_learns(name: str) -> None:
+    torch.manual_seed(0)
+    model, processor = nano.blank(name, scenes.words())
+    batch = Scenes(name, processor, 1, 1, "learn", crowds=1.0)[0]
+    tower = Tower(name, model, share=0.3)
+    plain = [weight.clone() for weight in model.parameters()]
+    with matmul_patches(model):
+        optimizer = torch.optim.AdamW(tower.parameters(), 1e-3)
+        losses = []
+        for _ in range(4):
+            torch.manual_seed(1)  # the same window
+            loss, numbers = tower.step(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert set(numbers) >= {"thing", "colour", "character", "present"}
+    assert any(not torch.equal(a, b) for a, b in zip(plain, model.parameters(), strict=True))
+    if name == "nano-qwen":
+        assert "forward" not in vars(model.model.visual.patch_embed)
+
+
+class Line(nn.Module):
+    """Something to train in no time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def step(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return (self.layer(batch) - batch.sum(-1, keepdim=True)).square().mean(), {"size": float(len(batch))}
+
+
+class Draws(torch.utils.data.Dataset):
+    """Batch i of a stream."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, number: int) -> Tensor:
+        return torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+
+
+def trained(folder: Path, stops: tuple[int, ...] = ()) -> Line:
+    torch.manual_seed(0)
+    for stop in (*stops, 40):
+        torch.manual_seed(0)
+        model = Line()
+        stage = Stage("line", 40, [([model.layer], 0.05)], model.step, warmup=4)
+        data = Cut(stop) if stop < 40 else Draws()
+        try:
+            train(model, stage, data, folder, every=0)
+        except InterruptedError:
+            continue
+    return model
+
+
+class Cut(Draws):
+    """A stream that breaks off, as a killed run does."""
+
+    def __init__(self, stop: int) -> None:
+        self.stop = stop
+
+    def __getitem__(self, number: int) -> Tensor:
+        if number == self.stop:
+            raise InterruptedError
+        return super().__getitem__(number)
+
+
+@pytest.mark.grad
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, parts = trained(tmp_path / "a"), trained(tmp_path / "b", stops=(7, 23))
+    assert torch.equal(whole.layer.weight, parts.layer.weight)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 40 and lines[-1]["loss"] > 0
+
+
+@pytest.mark.grad
+def test_a_run_without_a_number_stops(tmp_path: Path) -> None:
+    model = Line()
+    with torch.no_grad():
+        model.layer.weight.fill_(float("inf"))
+    with pytest.raises(vtok.VtokError, match="lower the learning rate"):
+        train(model, Stage("line", 4, [([model.layer], 0.1)], model.step), Draws(), tmp_path)
+
+
+def test_unknown_models_are_named() -> None:
+    with pytest.raises(vtok.VtokError, match="nano-llava"):
+        models.folder("nano-lava")
