@@ -22,7 +22,7 @@ import vtok
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"vtok": "vtok", "vtok_adapters": "adapters", "vtok_kernels": "kernels", "vtok_eval": "eval"}
 """Import name -> top-level folder (the parent of the package, except for vtok itself)."""
-EXTRAS = {"eval", "export", "tokenizers", "xformers", "dev", "all"}
+EXTRAS = {"all", "assemble", "dev", "eval", "export", "lmms", "tokenizers", "xformers"}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,9 @@ def _dist_info(wheel: zipfile.ZipFile, name: str) -> str:
 def _modules(wheel: zipfile.ZipFile) -> list[str]:
     return [path for path in wheel.namelist() if ".dist-info/" not in path]
 
+DATA = {"vtok_eval": ("data/**/*", "lmms_tasks/*.yaml", "lmms_tasks/*.jsonl", "render/page.*")}
+"""What is no code: sprites, tasks, weights, the report's style and script."""
+
 
 def test_every_import_name_begins_with_vtok(wheel: zipfile.ZipFile) -> None:
     assert {path.split("/")[0] for path in _modules(wheel)} == set(PACKAGES)
@@ -69,6 +72,7 @@ def test_every_source_file_is_in_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     for name, folder in PACKAGES.items():
         package = ROOT / name if name == folder else ROOT / folder / name
         files = [*package.rglob("*.py"), *package.rglob("py.typed")]
+        files += [file for pattern in DATA.get(name, ()) for file in package.glob(pattern) if file.is_file()]
         expected |= {f"{name}/{file.relative_to(package).as_posix()}" for file in files}
     assert set(_modules(wheel)) == expected
     parts = {part for path in wheel.namelist() for part in path.split("/")}

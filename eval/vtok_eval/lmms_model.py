@@ -124,6 +124,11 @@ class Vtok(lmms):
         added = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**{name: added[name] for name in FOREIGN if name in added}, **given})
 
+    def clean(self) -> None:
+        """Let go of the model: lmms-eval may start a judge on the same GPU."""
+        del self.answerer
+        super().clean()
+
     @property
     def tokenizer(self) -> Any:
         """Of the model."""

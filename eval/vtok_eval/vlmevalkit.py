@@ -1,8 +1,9 @@
 """vtok's models inside VLMEvalKit: it has a table of models and no plug-ins, so a function writes into the table.
 
->>> import vtok_eval.vlmevalkit as vlmevalkit
->>> vlmevalkit.register("vtok-llava", pretrained="llava-hf/llava-1.5-7b-hf", method="flowcut", keep=64)  # doctest: +SKIP
+>>> from vtok_eval.vlmevalkit import register
+>>> register("vtok-llava", pretrained="llava-hf/llava-1.5-7b-hf", method="flowcut", keep=64)  # doctest: +SKIP
 >>> from vlmeval.run import main  # doctest: +SKIP
+>>> main()  # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ def _score(entry: dict[str, Any], answers: Mapping[tuple[str, str], np.ndarray],
         "accuracy": accuracy,
         "ci": [accuracy - half, accuracy + half],
         "f1": None,
-        "retention": accuracy / float(plain_mean),
+        "retention": accuracy / float(plain_mean) if plain_mean else None,
         "difference": difference,
         "p_plain": None if difference is None else _mcnemar(np.concatenate(every), joined("plain")),
         "p_random": None
@@ -366,7 +366,7 @@ def _cell(
         "accuracy": accuracy,
         "ci": [max(0.0, accuracy - half), min(1.0, accuracy + half)],
         "f1": accuracy * 0.98 if metric == "yes/no" else None,
-        "retention": accuracy / base,
+        "retention": accuracy / base if base else None,
         "difference": None
         if entry["id"] == "plain"
         else {"value": accuracy - base, "ci": [accuracy - base - step, accuracy - base + step]},

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 import vtok
 from vtok.errors import VtokError
 from vtok_eval.harness import bits, store
 from vtok_eval.harness.answers import Answers
+from vtok_eval.harness.table import show
 
 from ..conftest import anatomy
 from . import tiny
@@ -129,6 +133,26 @@ def test_unreachable_budget_is_raised_beside_its_composition(base: Any) -> None:
     assert [entry["id"] for entry in results["entries"]].index("divprune+fastv@0.25") == (
         [entry["id"] for entry in results["entries"]].index("fastv@0.25") + 1
     )
+
+
+def test_entries_raised_to_one_budget_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    original = Answers.ask
+    monkeypatch.setattr(
+        Answers, "ask", lambda self, entry, *more: (asked.append(entry.id), original(self, entry, *more))[1]
+    )
+    settings: dict[str, Any] = {
+        "methods": ["fastv"],
+        "keeps": [24, 20],
+        "tasks": [tiny.task(count=2)],
+        "time_samples": 1,
+    }
+    results = tiny.run("llava", tmp_path, built=LLAVA, repeats=1, **settings)
+    one, other = (next(own for own in results["entries"] if own["id"] == name) for name in ("fastv@24", "fastv@20"))
+    assert one["budget"] == other["budget"] > 24
+    assert {key for key in one if one[key] != other[key]} == {"id", "keep"}
+    assert len([name for name in asked if name.startswith("fastv@")]) == 2
+    assert sum(name.startswith("fastv@") for name in next(store.read(tmp_path / store.TIMING))["rounds"][0]) == 1
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 3}, {"share_features": False}])
@@ -266,6 +290,27 @@ def test_broken_picture_leaves_the_others_alone(base: Any, tmp_path: Path) -> No
     problem = {"task": "colour", "sample": "colour-1", "entry": None, "message": "the picture broken cannot be read"}
     assert [own for own in results["problems"] if "empty answer" not in own["message"]] == [problem]
     assert all(entry["tasks"]["colour"]["n"] == 3 for entry in results["entries"])
+
+
+def test_nothing_but_broken_pictures(tmp_path: Path) -> None:
+    task = tiny.task(count=1, broken=0)
+    results = tiny.run("llava", tmp_path, built=LLAVA, methods=["random"], keeps=[16], tasks=[task], time_samples=1)
+    assert "NaN" not in (tmp_path / store.RESULTS).read_text()
+    for entry in results["entries"]:
+        assert entry["overall"]["n"] == 0
+        assert entry["overall"]["accuracy"] is None
+        assert entry["timing"] is None
+    assert len(results["problems"]) == 1
+    show(results, tmp_path, Console(file=io.StringIO(), width=200))
+
+
+def test_failed_accelerator_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError("device-side assert")
+
+    monkeypatch.setattr(LLAVA[0], "generate", fail, raising=False)
+    with pytest.raises(VtokError, match=r"plain made the cpu fail.*what is written so far is kept"):
+        tiny.run("llava", tmp_path, built=LLAVA, methods=["random"], keeps=[16], tasks=[tiny.task(count=1)])
 
 
 def test_failure_of_one_entry_on_one_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

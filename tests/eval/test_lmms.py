@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -55,6 +57,9 @@ class GenerationResult:
 class Base:
     def __init__(self) -> None:
         self._rank, self._world_size, self.task_dict = 0, 1, {}
+
+    def clean(self) -> None:
+        del self.model  # type: ignore[attr-defined]
 
     rank = property(lambda self: self._rank)
     world_size = property(lambda self: self._world_size)
@@ -236,6 +241,15 @@ def test_command_line_fills_what_model_args_leave_open(standin: Standin, folder:
         made(standin, folder, arguments="metod=fastv")
 
 
+def test_clean_lets_go_of_the_model(standin: Standin, folder: Path) -> None:
+    model = made(standin, folder, arguments="method=divprune,keep=16")
+    model.generate_until(simple(DOCS[:1]))
+    network = weakref.ref(model.model)
+    model.clean()
+    gc.collect()
+    assert network() is None
+
+
 def test_what_it_does_not_do(standin: Standin, folder: Path) -> None:
     model = made(standin, folder)
     with pytest.raises(vtok.VtokError, match="answers in one round"):
@@ -324,9 +338,8 @@ def samples(out: Path, task: str) -> list[dict[str, Any]]:
 
 @needs_real
 def test_real_entry_point() -> None:
-    assert [entry.value for entry in entry_points(group="lmms_eval.models") if entry.name == "vtok"] == [
-        "vtok_eval.lmms:manifest"
-    ]
+    found = {entry.value for entry in entry_points(group="lmms_eval.models") if entry.name == "vtok"}
+    assert found == {"vtok_eval.lmms:manifest"}
 
 
 @needs_real
@@ -347,11 +360,11 @@ def test_real_run_answers_as_the_harness(folder: Path, tmp_path: Path) -> None:
     ours = evaluate(model, processor, ["divprune"], [16], first, tmp_path / "ours", **how)
     entry = next(entry for entry in ours["entries"] if entry["id"] == "divprune@16")
     lines = [json.loads(line) for line in (tmp_path / "ours" / "samples.jsonl").read_text().splitlines()]
+    answers = {line["sample"]: line["answer"] for line in lines if line["entry"] == "divprune@16"}
     theirs = results(tmp_path / "lmms")
-    for name in names:
-        mine = [line["answer"] for line in lines if line["entry"] == "divprune@16" and line["task"] == name]
+    for name, task in zip(names, first, strict=True):
         found = [line["filtered_resps"] for line in samples(tmp_path / "lmms", f"vtok_{name}")]
-        assert found == mine
+        assert found == [answers[sample.id] for sample in task.samples]
         own = theirs["results"][f"vtok_{name}"]
         if "accuracy,none" in own:
             assert own["accuracy,none"] == pytest.approx(entry["tasks"][name]["accuracy"])

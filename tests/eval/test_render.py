@@ -379,6 +379,29 @@ def test_methods_look_different() -> None:
     assert not found["flowcut"].baseline
 
 
+def test_what_is_said_of_entries_that_ran_is_said_once(tmp_path: Path) -> None:
+    results, _ = make(tmp_path, replace(SMALL, samples=2), lines=False)
+    for entry in results["entries"]:
+        if entry["keep"] == 192 and entry["status"] == "ok":
+            entry["note"] = "small pictures stay whole"
+        if entry["id"] == "flowcut@64":
+            entry["note"] = "stopped early"
+    run = Run(results)
+    assert run.remarks() == ["everything at 192: small pictures stay whole", "flowcut at 64: stopped early"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert shown(tmp_path).words.count("small pictures stay whole") == 1
+    assert "everything at 192: small pictures stay whole" in render.summary_markdown(results)
+
+
+def test_the_plain_model_is_as_fast_as_itself(small: Any) -> None:
+    _, results, _ = small
+    plain = json.loads(json.dumps(results["entries"][0]))
+    plain["timing"]["speedup"] = None
+    assert render.Entry(plain).speedup == 1.0
+    plain["timing"] = None
+    assert render.Entry(plain).speedup is None
+
+
 def test_tasks_are_sorted_by_the_tokens_they_need(small: Any) -> None:
     run = render.read(small[0])
     needs = [need.tokens if (need := run.need(task)) else 1e9 for task in run.by_need()]

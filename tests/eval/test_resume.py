@@ -21,7 +21,12 @@ from vtok_eval.harness.asking import Asking
 from . import tiny
 
 BUILT = tiny.build("llava")
-SMALL: dict[str, Any] = {"built": BUILT, "methods": ["random", "divprune"], "keeps": [16], "tasks": [tiny.task(count=4)]}
+SMALL: dict[str, Any] = {
+    "built": BUILT,
+    "methods": ["random", "divprune"],
+    "keeps": [16],
+    "tasks": [tiny.task(count=4)],
+}
 
 
 def lines(out: Path) -> dict[store.Key, dict[str, Any]]:
@@ -84,7 +89,7 @@ def test_nothing_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Asking, "_lines", counted)
     more = tiny.run("llava", tmp_path, **SMALL)
-    assert asked == [(name, 1) for _ in range(2) for name in ("plain", "random@16", "divprune@16")] or len(asked) == 6
+    assert sorted(asked) == sorted(2 * [(name, 1) for name in ("plain", "random@16", "divprune@16")])
     assert more["tasks"][0]["samples"] == 4
     asked.clear()
     tiny.run("llava", tmp_path, **{**SMALL, "methods": ["random", "uniform"], "keeps": [16, 8]})
@@ -101,7 +106,10 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"instruction": False}, "instruction true, now false"),
     ({"options": {"random": {"seed": 1}}}, r"random@16: options \{\}, now .*seed"),
     ({"seed": 1}, "random@16: options"),
-    ({"tasks": [tiny.Task("colour", tiny.task(count=4).samples, tiny.picture, fingerprint="other")]}, "task colour: data"),
+    (
+        {"tasks": [tiny.Task("colour", tiny.task(count=4).samples, tiny.picture, fingerprint="other")]},
+        "task colour: data",
+    ),
 ]
 
 
@@ -145,7 +153,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sync(number)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(VtokError, match="the disk is full; what is written so far is kept.*the same command goes on"):
+    with pytest.raises(VtokError, match=r"the disk is full; what is written so far is kept.*the same command goes on"):
         tiny.run("llava", out, **SMALL)
     monkeypatch.setattr(os, "fsync", sync)
     assert 0 < len(lines(out)) < 12
@@ -194,6 +202,7 @@ def test_shares_of_ranks_are_taken_in(tmp_path: Path) -> None:
 
     whole = tiny.run("llava", tmp_path / "whole", **SMALL)
     out = tmp_path / "out"
+    tiny.run("llava", out, **SMALL, limit=1)
     assert tiny.run("llava", out, **SMALL, ranks=Ranks(1, 2)) == {}
     (share,) = out.glob(store.RANKS)
     torn = share.read_bytes()[:-9]

@@ -142,7 +142,8 @@ def test_every_question_sees_its_picture_and_itself_only():
     model, processor = base()
     student = recipe.Student(model, processor)
     student.chat.pool = 1
-    batch = student.scenes("whole", 2, 1)[0]
+    stream = student.scenes("pooled", 2, 9)
+    batch = next(batch for batch in map(stream.__getitem__, range(9)) if len(batch.grids[0]) == 1)
     alone = []
     with torch.autocast("cpu", torch.bfloat16):
         together = student.chat.step(batch)[0]
@@ -278,7 +279,7 @@ def test_training_run_writes_a_delta_that_assembles(tmp_path: Path, monkeypatch:
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [line.split('"')[3] for line in lines] == ["tower", "pooled", "whole", "check", "check"]
     change = load_file(target)
-    assert all(value.dtype == torch.bfloat16 for value in change.values())
+    assert all(value.dtype == torch.bfloat16 for name, value in change.items() if "lora" in name)
     monkeypatch.setattr(small, "base", base)
     folder = small.assemble(tmp_path / "model-folder", delta=target)
     assert (folder / "model.safetensors").is_file()
@@ -289,16 +290,20 @@ def test_training_run_writes_a_delta_that_assembles(tmp_path: Path, monkeypatch:
 
 def test_projector_starts_loud_and_standardised():
     model, _ = base()
+    projector = model.model.multi_modal_projector
     pixels = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    model.model.vision_tower.requires_grad_(False)
-    recipe.settle(model, pixels)
+    standard = recipe.Standard(model, pixels)
     heard: list[torch.Tensor] = []
-    hook = model.model.multi_modal_projector.linear_1.register_forward_hook(lambda *args: heard.append(args[2]))
+    hook = projector.linear_1.register_forward_hook(lambda *args: heard.append(args[2]))
     tokens = torch.stack(model.model.get_image_features(pixels, return_dict=True).pooler_output)
     hook.remove()
-    spread = model.get_input_embeddings().weight.std()
     assert abs(heard[0].mean()) < 0.1 and 0.8 < heard[0].std() < 1.2
+    spread = model.get_input_embeddings().weight.std()
     torch.testing.assert_close(tokens.std(), recipe.LOUDNESS * spread, rtol=0.05, atol=0)
+    projector._forward_pre_hooks.clear()
+    projector.load_state_dict(standard.folded(projector))
+    plain = torch.stack(model.model.get_image_features(pixels, return_dict=True).pooler_output)
+    torch.testing.assert_close(plain, tokens, rtol=1e-3, atol=1e-4)
 
 
 def test_lora_starts_as_nothing_and_can_be_left_out():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from vtok.errors import VtokError
 from vtok_eval.harness import store
 from vtok_eval.harness.answers import Answers
 from vtok_eval.harness.batch import Batch, sentence
-from vtok_eval.harness.cells import Entry
+from vtok_eval.harness.cells import Entry, originals
 from vtok_eval.harness.ranks import Ranks
 from vtok_eval.samples import Sample, Task
 
@@ -49,6 +52,10 @@ class Asking:
     out: Path
     ranks: Ranks
     advance: Callable[[int], None]
+    originals: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.originals = originals(self.entries)
 
     def run(self) -> None:
         """Ask what ``samples.jsonl`` does not hold yet; after every entry of a batch its answers are on the disk.
@@ -64,11 +71,15 @@ class Asking:
                 if self.ranks.mine(number):
                     self._ask(number, task, samples, done, file)
 
-    def _batches(self) -> Iterator[tuple[Task, Sequence[Sample]]]:
-        """The same ones whatever is done already, so that a run that goes on asks in the same company."""
+    def _batches(self) -> list[tuple[Task, Sequence[Sample]]]:
+        """The same ones whatever is done already, so that a run that goes on asks in the same company. Questions about
+        one picture come close together, also those of other tasks: its features are remembered for a while only."""
+        found = []
         for task in self.tasks:
-            for start in range(0, len(task.samples), self.batch_size):
-                yield task, task.samples[start : start + self.batch_size]
+            samples = sorted(task.samples, key=lambda sample: sample.images)
+            for start in range(0, len(samples), self.batch_size):
+                found.append((task, samples[start : start + self.batch_size]))
+        return sorted(found, key=lambda batch: batch[1][0].images)
 
     def _ask(self, number: int, task: Task, samples: Sequence[Sample], done: set[store.Key], file: store.Lines) -> None:
         todo = {
@@ -80,9 +91,13 @@ class Asking:
         batch = Batch.of(self.answers, task, samples)
         plain, *rest = self.entries
         shift = number % max(1, len(rest))
+        found: dict[str, list[dict[str, Any]]] = {}
         for entry in (plain, *rest[shift:], *rest[:shift]):
             if todo[entry.id]:
-                lines = [line for line in self._lines(entry, batch) if line["sample"] in todo[entry.id]]
+                original = self.originals[entry.id]
+                if original not in found:
+                    found[original] = list(self._lines(entry, batch))
+                lines = [{**line, "entry": entry.id} for line in found[original] if line["sample"] in todo[entry.id]]
                 file.append(lines)
                 self.advance(len(lines))
 
@@ -94,6 +109,11 @@ class Asking:
             return
         try:
             found = batch.ask(entry)
+        except torch.AcceleratorError as error:  # nothing works any more after one
+            raise VtokError(
+                f"{entry.id} made the {self.answers.model.device.type} fail ({sentence(error)}); what is written so "
+                "far is kept, and the same command goes on from there"
+            ) from error
         except Exception as error:
             if len(batch.samples) == 1:
                 yield self._line(entry, batch.task, batch.samples[0], batch.texts[0], error=sentence(error))

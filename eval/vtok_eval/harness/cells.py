@@ -82,6 +82,17 @@ class Entry:
         return {"methods": names, "options": self.options, "budget": self.budget}
 
 
+def originals(entries: Sequence[Entry]) -> dict[str, str]:
+    """Entry -> the first that does the same: budgets out of reach are all raised to one, which need not run twice."""
+    found = {}
+    for entry in entries:
+        same = (
+            own.id for own in entries if (own.chain, own.budget, own.blank) == (entry.chain, entry.budget, entry.blank)
+        )
+        found[entry.id] = next(same)
+    return found
+
+
 def line_up(
     model: Any,
     methods: Sequence[Asked],

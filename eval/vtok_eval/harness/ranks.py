@@ -7,7 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vtok.errors import VtokError
+
+WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes there are."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,12 @@ def joined(device: str | None = None) -> Ranks:
     VtokError
         There is a group, but accelerate is not installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not any(int(os.environ.get(name) or 1) > 1 for name in WORLDS):
         return Ranks()
     try:
         from accelerate import PartialState
     except ImportError:
         raise VtokError("several processes need accelerate; install it: pip install accelerate") from None
     patience = datetime.timedelta(days=1)  # until the slowest is through; the default gives up after half an hour
-    state = PartialState(cpu=device == "cpu", timeout=patience)
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=patience)
     return Ranks(state.process_index, state.num_processes, state)

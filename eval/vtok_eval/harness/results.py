@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -54,3 +55,12 @@ def row(table: Table, entry: Entry, times: Times) -> dict[str, Any]:
         "overall": overall,
         "tasks": tasks,
     }
+
+
+def finite(value: Any) -> Any:
+    """The same without NaN, which JSON does not know: ``None`` where there was nothing to measure."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,7 +21,7 @@ from vtok_eval.harness.cells import Asked, line_up
 from vtok_eval.harness.features import CAPACITY, Features
 from vtok_eval.harness.prompts import Prompts, takes_instruction
 from vtok_eval.harness.ranks import Ranks
-from vtok_eval.harness.results import described_model, described_task, row
+from vtok_eval.harness.results import described_model, described_task, finite, row
 from vtok_eval.harness.score import Table, collect
 from vtok_eval.harness.settings import settings
 from vtok_eval.harness.sizes import token_sizes
@@ -136,7 +136,8 @@ def evaluate(
     steps = sum(len(task.samples) for task in cut) * len(running)
     with store.locked(out, ranks.first):
         _open(out, asked, overwrite, ranks)
-        with progress_bar(f"eval {name}".strip(), -(-steps // ranks.world), progress) as advance:
+        shown = progress and ranks.first
+        with progress_bar(f"eval {name}".strip(), -(-steps // ranks.world), shown) as advance:
             Asking(answers, running, cut, batch_size, judge or right, out, ranks, advance).run()
         ranks.wait()
         if not ranks.first:
@@ -145,7 +146,10 @@ def evaluate(
         key = store.fingerprint(asked)
         times = timing.measure(answers, running, cut, out, time_samples, repeats, clock, progress, key)
         wanted = {(entry.id, task.name, own.id) for entry in running for task in cut for own in task.samples}
-        table = Table(entries, cut, collect(store.read(out / store.SAMPLES), wanted), seed)
+        found = collect(store.read(out / store.SAMPLES), wanted)
+        if len(found) < len(wanted):
+            raise VtokError(f"{len(wanted) - len(found)} answers are missing in {out}; the same command asks for them")
+        table = Table(entries, cut, found, seed)
         results = {
             "schema": SCHEMA,
             "vtok": vtok.__version__,
@@ -169,9 +173,10 @@ def evaluate(
             "entries": [row(table, entry, times) for entry in entries],
             "problems": table.problems(),
         }
+        results = finite(results)
         store.write_json(out / store.RESULTS, results)
         if report:
-            _render(out)
+            _render(out, cut)
     return results
 
 
@@ -226,9 +231,13 @@ def _open(out: Path, asked: Mapping[str, Any], overwrite: bool, ranks: Ranks) ->
     ranks.wait()
 
 
-def _render(out: Path) -> None:
+def _render(out: Path, tasks: Sequence[Task]) -> None:
     try:
         from vtok_eval import render
-    except ImportError:
-        return
-    render.write(out)
+
+        render.write(out, tasks)
+    except (ImportError, OSError) as error:
+        raise VtokError(
+            f"the numbers are in {out / store.RESULTS}, but no report was drawn ({error}); once that is mended the "
+            "same command draws it and asks nothing again"
+        ) from error

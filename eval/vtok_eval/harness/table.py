@@ -33,14 +33,21 @@ def show(results: Mapping[str, Any], out: Path, console: Console | None = None) 
         if entry["status"] != "refused":
             table.add_row(*_row(entry), style="bold" if entry["method"] is None else None)
     console.print(table)
-    for entry in results["entries"]:
-        if entry["note"]:
-            lead = "refused: " if entry["status"] == "refused" else f"{entry['id']}: "
-            console.print(f"{lead}{entry['note']}", highlight=False)
+    for note, ids in _notes(results).items():
+        console.print(f"{', '.join(ids)}: {note}", highlight=False)
     if results["problems"]:
         console.print(f"{len(results['problems'])} problems, listed in {out / 'results.json'}", highlight=False)
     made = [name for name in ("results.json", "samples.jsonl", "report.html") if (out / name).is_file()]
     console.print(f"wrote {', '.join(str(out / name) for name in made)}", highlight=False)
+
+
+def _notes(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for entry in results["entries"]:
+        if entry["note"]:
+            note = f"refused, {entry['note']}" if entry["status"] == "refused" else entry["note"]
+            found.setdefault(note, []).append(entry["id"])
+    return found
 
 
 def _row(entry: Mapping[str, Any]) -> list[str]:

@@ -11,11 +11,10 @@ from typing import Any
 
 from vtok.bench.contest import PHASES, Contender, Row, Spread, enter, timed_round
 from vtok.bench.measure import machine, prefill_peak
-from vtok.errors import VtokError
 from vtok.progress import progress as progress_bar
 from vtok_eval.harness import store
 from vtok_eval.harness.answers import Answers
-from vtok_eval.harness.cells import PLAIN, Entry
+from vtok_eval.harness.cells import PLAIN, Entry, originals
 from vtok_eval.harness.counts import of_plain
 from vtok_eval.samples import Sample, Task
 
@@ -73,7 +72,9 @@ def measure(
     """
     if not samples:
         return Times({}, {})
-    entries = [entry for entry in entries if not entry.blank]
+    first = originals(entries)
+    shown = [entry.id for entry in entries if not entry.blank]
+    entries = [entry for entry in entries if not entry.blank and first[entry.id] == entry.id]
     chosen = _chosen(tasks, samples)
     key = store.fingerprint([fingerprint, [entry.id for entry in entries], clock, machine(answers.model.device)])
     lines = {(line["task"], line["sample"]): line for line in store.read(out / store.TIMING) if line["key"] == key}
@@ -91,7 +92,9 @@ def measure(
                     lines[task.name, sample.id] = found
                     file.append([{"key": key, "task": task.name, "sample": sample.id, **found}])
     wanted = [lines[task.name, sample.id] for task, sample in chosen if (task.name, sample.id) in lines]
-    return summary([entry.id for entry in entries], wanted, repeats)
+    times = summary([entry.id for entry in entries], wanted, repeats)
+    rows = {name: times.rows[first[name]] for name in shown if first[name] in times.rows}
+    return Times(rows, {name: times.peak[first[name]] for name in shown if first[name] in times.peak})
 
 
 def _chosen(tasks: Sequence[Task], samples: int) -> list[tuple[Task, Sample]]:
@@ -113,12 +116,12 @@ def _timed(
     advance: Callable[[int], None],
 ) -> dict[str, Any] | None:
     """All rounds of one sample; ``None`` where its pictures do not open."""
+    model, adapter = answers.model, answers.adapter
     try:
         pictures = [task.picture(name) for name in sample.images]
+        inputs = dict(answers.inputs([answers.prompts.text(task, sample)], [pictures]))
     except Exception:  # reported with the answers
         return None
-    model, adapter = answers.model, answers.adapter
-    inputs = dict(answers.inputs([answers.prompts.text(task, sample)], [pictures]))
     sizes = of_plain(adapter, inputs, [len(pictures)])[0].tokens
     plain = Contender(Row(PLAIN, "plain", peak_mb=prefill_peak(model, inputs) / 2**20 if memory else 0.0))
     contenders, ceilings = [plain], {}  # type: list[Contender], dict[str, Contender]
@@ -126,7 +129,7 @@ def _timed(
         try:
             row = Row(entry.id, "method", keep=entry.budget)
             contenders.append(enter(row, entry.chain, model, adapter, inputs, sizes, ceilings, memory))
-        except VtokError:  # a picture too small for its schedule, say: timed on the others
+        except Exception:  # reported with the answers; timed on the other samples
             continue
     everyone = [*contenders, *ceilings.values()]
     found: dict[str, Any] = {"rounds": []}

@@ -30,9 +30,9 @@ def folder(name: str) -> Path:
     if name not in MODELS:
         raise VtokError(f"there is no embedded model {name!r}; known are {', '.join(MODELS)}")
     if name == "small-llava":
-        from vtok_eval.models import small
+        from vtok_eval.models.small import assemble
 
-        return small.assemble()
+        return assemble()
     if not (_DATA / name / "model.safetensors").is_file():
         raise VtokError(f"this copy of vtok came without the weights of {name}; train them: python -m vtok_eval.train {name}")
     return _DATA / name

@@ -226,6 +226,16 @@ def along(points: Sequence[tuple[float, float]], step: float = 10.0) -> list[tup
     return found
 
 
+def rail(
+    left: float, right: float, level: float, mark: float | None, width: float
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """A level line for ``place``: points along it, and spots for a label of a width, those far from a mark first."""
+    points = [(left + 6 * step, level) for step in range(int((right - left) / 6) + 1)]
+    first, last = left + width / 2 + 2, right - width / 2 - 2
+    spots = [(last + (first - last) * step / 10, level) for step in range(11)]
+    return points, spots[::-1] if mark is not None and mark > (left + right) / 2 else spots
+
+
 def ran_at(entry: Entry) -> float | None:
     """The budget that counts: what it ran with where that is not what was asked for."""
     return entry.keep if entry.reached else entry.number("budget") or entry.keep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vtok_eval.render.axes import Cost, Scale, along, apart, front, marks, place, ran_at, ticks, titles
+from vtok_eval.render.axes import Box, Cost, Scale, along, apart, front, marks, place, rail, ran_at, ticks, titles
 from vtok_eval.render.html import Html, join, tag
 from vtok_eval.render.palette import Style
 from vtok_eval.render.results import Entry, Run, interval
@@ -37,16 +37,13 @@ def pareto(run: Run, cost: Cost, styles: Mapping[str, Style], width: int, height
     x_scale, x_ticks = _abscissa(run, cost, xs, left, right, 4 if narrow else 7)
     low, high = min(ys), max(ys)
     pad = max(0.02, (high - low) * 0.08)
-    y_scale = Scale(max(0.0, low - pad), min(1.0, high + pad), bottom, top)
+    y_scale = Scale(max(0.0, low - pad), min(1.03, high + pad), bottom, top)
     parts: list[Html | None] = [_grid(x_scale, x_ticks, y_scale, cost.text, (left, top, right, bottom))]
     parts.append(text(cost.title, (left + right) / 2, height - 8, "axis", "middle"))
     parts.append(text("accuracy, %", left, top - 10, "axis", "start"))
     if anchor[1] is not None:
         y = y_scale(anchor[1])
         parts.append(line(left, y, right, y, "plain"))
-        far = anchor[0] is not None and x_scale(anchor[0]) > (left + right) / 2  # its mark is on the right
-        place_, end = (left + 2, "start") if far else (right - 2, "end")
-        parts.append(text(f"plain {percent(anchor[1])}", place_, y - 6, "ref", end))
     best = front(spots, cost.rising)
     seen = [(x_scale(x), y_scale(y)) for x, y in spots]
     if len(best) > 1:
@@ -55,14 +52,35 @@ def pareto(run: Run, cost: Cost, styles: Mapping[str, Style], width: int, height
     parts += [_series(name, entries, seen, set(best), styles[name]) for name in run.names]
     if anchor[0] is not None and anchor[1] is not None:
         parts.append(_diamond(x_scale(anchor[0]), y_scale(anchor[1]), f"plain model: {percent(anchor[1])}% right"))
-    said = titles(entries, best)
-    wanted = [(words, [seen[i] for i in spots_]) for words, _, spots_ in said]
-    lines = along([seen[i] for i in best])
-    placed = place(wanted, seen, (left, top, right, bottom), letter=6.7, lines=lines)
-    for label, (_, name, _) in zip(placed, said, strict=True):
-        css = styles[name].css
-        parts.append(text(label.text, label.x, label.y, f"label series {css}", label.anchor, data_s=css))
+    parts += _labels(entries, seen, best, anchor, (x_scale, y_scale), (left, top, right, bottom), styles)
     return svg(width, height, *parts, class_="chart", aria_label=f"Accuracy against {cost.title}")
+
+
+def _labels(
+    entries: Sequence[Entry],
+    seen: Sequence[tuple[float, float]],
+    best: Sequence[int],
+    anchor: tuple[float | None, float | None],
+    scales: tuple[Scale, Scale],
+    frame: Box,
+    styles: Mapping[str, Style],
+) -> list[Html]:
+    """Names of the plain model and of the front, each where there is room."""
+    x, y = scales
+    lines = along([seen[i] for i in best])
+    said = [(words, name, [seen[i] for i in own]) for words, name, own in titles(entries, best)]
+    if anchor[1] is not None:
+        words, mark = f"plain {percent(anchor[1])}", None if anchor[0] is None else x(anchor[0])
+        points, spots = rail(frame[0], frame[2], y(anchor[1]), mark, 6.7 * len(words))
+        lines += points
+        said.insert(0, (words, "", spots))
+    found = []
+    placed = place([(words, spots) for words, _, spots in said], seen, frame, letter=6.7, lines=lines)
+    for label, (_, name, _) in zip(placed, said, strict=True):
+        css = styles[name].css if name else None
+        kind = f"label series {css}" if css else "label ref"
+        found.append(text(label.text, label.x, label.y, kind, label.anchor, data_s=css))
+    return found
 
 
 def _abscissa(

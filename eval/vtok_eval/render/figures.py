@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import VtokError
-from vtok_eval.render.axes import COSTS, Cost, along, apart, costs, front, marks, place, titles
+from vtok_eval.render.axes import COSTS, Cost, along, apart, costs, front, marks, place, rail, titles
 from vtok_eval.render.palette import Style, styles
 from vtok_eval.render.results import ENOUGH, Entry, Run
 from vtok_eval.render.words import count, percent, tokens
 
 INK, SOFT, RULE = "#1b1d22", "#5c6068", "#e3e4e6"
+LETTER = 5.2
+"""Mean width of a letter of a label, in points."""
 RC = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -128,20 +130,25 @@ def _labels(
     seen = [axes.transData.transform((cost.value(e), 100 * (e.accuracy() or 0.0))) * points for e in entries]
     dots = [(float(x), -float(y)) for x, y in seen]
     base = run.plain.accuracy() if run.plain is not None else None
-    rail = []
+    said = [(words, name, [dots[i] for i in own]) for words, name, own in titles(entries, best, run.names)]
+    lines = along([dots[i] for i in best], 6.0)
     if base is not None:
         level = -float(axes.transData.transform((1, 100 * base))[1]) * points
-        rail = [(left + 6 * step, level) for step in range(int((right - left) / 6))]
-        where = axes.transAxes.inverted().transform((0, -level / points + 4 / points))[1]
         start = cost.value(run.plain) if run.plain is not None else None
-        far = start is not None and axes.transData.transform((start, 0))[0] * points > (left + right) / 2
-        place_, end = (0.005, "left") if far else (0.995, "right")  # away from its mark
+        mark = None if start is None else float(axes.transData.transform((start, 0))[0]) * points
         words = f"plain model {percent(base)}"
-        axes.text(place_, where, words, transform=axes.transAxes, ha=end, fontsize=8.5)
-    said = titles(entries, best, run.names)
-    wanted = [(words, [dots[i] for i in spots]) for words, _, spots in said]
-    lines = [*rail, *along([dots[i] for i in best], 6.0)]
-    placed = place(wanted, dots, (left, top, right, bottom), letter=5.2, height=10.5, reach=6.5, lines=lines)
+        along_it, spots = rail(left, right, level, mark, LETTER * len(words))
+        lines += along_it
+        said.insert(0, (words, "", spots))
+    placed = place(
+        [(words, spots) for words, _, spots in said],
+        dots,
+        (left, top, right, bottom),
+        letter=LETTER,
+        height=10.5,
+        reach=6.5,
+        lines=lines,
+    )
     for label, (_, name, _) in zip(placed, said, strict=True):
         at = axes.transAxes.inverted().transform((label.x / points, -label.y / points))
         axes.text(
@@ -151,8 +158,8 @@ def _labels(
             ha={"start": "left", "middle": "center", "end": "right"}[label.anchor],
             va="baseline",
             fontsize=8,
-            color=looks[name].colour,
-            fontweight="bold" if label.text != name else "normal",
+            color=looks[name].colour if name else INK,
+            fontweight="bold" if name and label.text != name else "normal",
             path_effects=_halo(),
             zorder=8,
         )

@@ -67,12 +67,13 @@ def page_markdown(run: Run) -> str:
     """All of ``results.md``: what was run, the summary, the tasks, the groups."""
     model, machine = run.model, run.results.get("machine") or {}
     command = str(run.results.get("command") or "").replace("```", "")
+    where = [str(machine.get("device") or "unknown machine"), str(model.get("dtype") or "")]
+    where += [f"{name} {machine[name]}" for name in ("torch", "transformers") if machine.get(name)]
     lines = [
         f"# {_plain(model.get('name', 'Results'))}",
         "",
-        f"{count(run.samples, 'question')} in {count(len(run.tasks), 'task')}; {tokens(run.full)} visual tokens per image; "
-        f"{_plain(machine.get('device', ''))}, {_plain(model.get('dtype', ''))}, "
-        f"torch {_plain(machine.get('torch', ''))}, transformers {_plain(machine.get('transformers', ''))}.",
+        f"{count(run.samples, 'question')} in {count(len(run.tasks), 'task')}; "
+        f"{tokens(run.full)} visual tokens per image; {_plain(', '.join(filter(None, where)))}.",
         "",
         *(["```", command, "```", ""] if command else []),
         "## All methods",
@@ -124,6 +125,7 @@ def _remarks(run: Run, keeps: Sequence[float]) -> list[str]:
         raised = {e.name: e.number("budget") or 0.0 for e in here if e.status == "raised"}
         said = ", ".join(f"{name} {tokens(least)}" for name, least in raised.items())
         lines.append(f"† cuts too late for this budget and ran at the smallest it reaches ({said}).")
+    lines += [_plain(remark) for remark in run.remarks()]
     lines += [f"{e.name}: {_plain(e.note)}" for e in _once(e for e in here if e.status == "refused" and e.note)]
     return ["", "<br>".join(lines)]
 

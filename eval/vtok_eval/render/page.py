@@ -107,7 +107,7 @@ def _verdict(run: Run) -> str:
         text += f" with all {tokens(run.full)} visual tokens"
     text += ". "
     sure = [entry for entry in run.drawn() if _surely(entry)]
-    best = min(sure, key=lambda e: (e.tokens or 0.0, -(e.accuracy() or 0.0)), default=None)
+    best = min(sure, key=lambda e: (e.tokens or 0.0, -(e.accuracy() or 0.0), -(e.speedup or 0.0)), default=None)
     if best is None:
         return text + f"No compressed entry is sure to stay within {percent(MARGIN, 0)} points of that."
     low, high = interval(best.score(), "difference", "ci") or (0.0, 0.0)
@@ -205,7 +205,8 @@ def _results(run: Run, looks: Mapping[str, Style]) -> Html:
     few = len(run.keeps) < 2
     bar = None if few else tag("div", buttons, class_="tabs filter", hidden=True)
     note = "Click a heading to sort. The best accuracy of each budget is bold."
-    return join(bar, tables.summary(run, looks), tag("p", note, class_="note"))
+    remarks = [tag("p", remark, class_="note") for remark in run.remarks()]
+    return join(bar, tables.summary(run, looks), tag("p", note, class_="note"), remarks)
 
 
 def _tasks(run: Run, looks: Mapping[str, Style]) -> Html | None:

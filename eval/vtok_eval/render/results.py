@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import VtokError
+from vtok_eval.render.words import budget
 
 BASELINES = ("random", "uniform", "downsample")
 """Methods that anything clever has to beat; drawn in grey."""
@@ -220,6 +221,21 @@ class Run:
             seen.add((entry.name, round(tokens, 2)))
             found.append(entry)
         return found
+
+    def remarks(self) -> list[str]:
+        """What is to be said about entries that ran as they were asked to, each sentence once."""
+        found: dict[str, list[Entry]] = {}
+        for keep in self.keeps:
+            for entry in self.reached(keep):
+                if entry.note:
+                    found.setdefault(entry.note, []).append(entry)
+        said = []
+        for note, own in found.items():
+            whole = {entry.keep for entry in own if all(other in own for other in self.reached(entry.keep or 0.0))}
+            parts = [f"everything at {budget(keep)}" for keep in self.keeps if keep in whole]
+            parts += [f"{entry.name} at {budget(entry.keep)}" for entry in own if entry.keep not in whole]
+            said.append(f"{', '.join(parts)}: {note}")
+        return said
 
     def need(self, task: str) -> Entry | None:
         """The entry with the fewest tokens that keeps ``ENOUGH`` of a task's plain accuracy."""

@@ -23,7 +23,7 @@ def name_of(entry: Entry, styles: Mapping[str, Style]) -> Html:
     """Dot, name, and what is to be said about the entry."""
     style = styles.get(entry.name)
     parts: list[object] = [tag("i", class_=f"pip {style.css}" if style else "pip none")]
-    parts.append(tag("span", entry.name, class_="name"))
+    parts.append(tag("span", entry.name, class_="name", title=entry.note or None))
     if entry.stands_in_for:
         parts.append(tag("span", f"stands in for {entry.stands_in_for.rsplit('@', 1)[0]}", class_="under link"))
     if entry.status == "raised":
@@ -31,7 +31,7 @@ def name_of(entry: Entry, styles: Mapping[str, Style]) -> Html:
         parts.append(tag("span", text, class_="under warn", title=entry.note or None))
     elif entry.status != "ok":
         parts.append(tag("span", entry.status, ": " if entry.note else "", entry.note, class_="under bad"))
-    elif entry.note:
+    elif entry.note and entry.keep is None:
         parts.append(tag("span", entry.note, class_="under"))
     return join(parts)
 

@@ -17,6 +17,9 @@ from vtok_eval.train.labels import Labels, labels
 #: how often each kind of scene is drawn
 KINDS = {"mixed": 0.46, "count": 0.16, "text": 0.22, "detail": 0.16}
 
+#: asks for a list; the tasks never ask so
+LIST = "what do you see?"
+
 
 @dataclass
 class Turn:
@@ -49,6 +52,12 @@ class Batch:
     turns: list[list[Turn]]
 
 
+def listed(scene: Any) -> str:
+    """Everything in a scene from left to right: objects and shapes by name, signs by what they read."""
+    things = sorted((thing for thing in scene.things if thing.kind != "frame"), key=lambda thing: thing.centre)
+    return " ".join(thing.text or thing.name for thing in things)
+
+
 class Scenes(Dataset):
     """Batch number i of a seeded stream; the seed string starts with "train/", so no task's scene is ever drawn.
 
@@ -69,7 +78,12 @@ class Scenes(Dataset):
     pairs : float
         Share of batches whose items have two pictures.
     crowds : float
-        Share of pictures that are crowded and ask nothing.
+        Share of pictures that are crowded.
+    lists : float
+        Share of pictures of which everything is to be named, from left to right: many words to look up for one
+        question.
+    pixels : bool
+        ``False`` leaves out what only a tower needs, where the grid does not hang on it.
     """
 
     def __init__(
@@ -82,9 +96,12 @@ class Scenes(Dataset):
         questions: int = 10,
         pairs: float = 0.0,
         crowds: float = 0.0,
+        lists: float = 0.0,
+        pixels: bool = True,
     ) -> None:
         self.name, self.processor, self.size, self.steps = name, processor, size, steps
         self.seed, self.questions, self.pairs, self.crowds = seed, questions, pairs, crowds
+        self.lists, self.pixels = lists, pixels
         self._tokens: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
@@ -101,11 +118,13 @@ class Scenes(Dataset):
             elif rng.random() < self.crowds:
                 own, asked = [crowd(rng)], []
             else:
-                own = [scenes.make(rng.choices(list(KINDS), KINDS.values())[0], rng)]
+                own = [scenes.make(rng.choices(list(KINDS), list(KINDS.values()))[0], rng)]
                 asked = scenes.questions(own[0], rng, limit=self.questions)
             drawn.append(own)
             turns.append([Turn(qa.task, self._ids(qa.question), self._ids(qa.answer)) for qa in asked])
-        images, frames = prepared(self.name, self.processor, [scene.image for own in drawn for scene in own])
+            if not asked or (not paired and rng.random() < self.lists):
+                turns[-1].append(Turn("list", self._ids(LIST), self._ids(listed(own[0]))))
+        images, frames = prepared(self.name, self.processor, [scene.image for own in drawn for scene in own], self.pixels)
         flat = [scene for own in drawn for scene in own]
         maps = [labels(scene, *grid, frame) for scene, (grid, frame) in zip(flat, frames, strict=True)]
         grids = iter([grid for grid, _ in frames])
@@ -118,18 +137,20 @@ class Scenes(Dataset):
 
 
 def prepared(
-    name: str, processor: Any, pictures: list[Any]
+    name: str, processor: Any, pictures: list[Any], pixels: bool = True
 ) -> tuple[dict[str, Tensor], list[tuple[tuple[int, int], tuple[float, float, float, float]]]]:
     """Pixels by the model's own processor, and for each picture its token grid and the part of it that it fills."""
-    given = processor.image_processor(images=pictures, return_tensors="pt")
-    images = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    images: dict[str, Tensor] = {}
+    if pixels or name == "nano-qwen":
+        given = processor.image_processor(images=pictures, return_tensors="pt")
+        images = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     found: list[Any] = []
     if "image_grid_thw" in images:
         for _, rows, columns in images["image_grid_thw"].tolist():
             grid = (rows // 2, columns // 2)
             found.append((grid, (0.0, 0.0, float(grid[1]), float(grid[0]))))
         return images, found
-    side = images["pixel_values"].shape[-1] // 14
+    side = processor.image_processor.crop_size["height"] // processor.patch_size
     for picture in pictures:
         width, height = picture.size
         longest = max(width, height)
@@ -138,7 +159,7 @@ def prepared(
     return images, found
 
 
-def same(batch: Batch) -> Batch:
+def same(batch: Any) -> Any:
     """For a loader that must not collate: a batch is made as one."""
     return batch
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vtok_eval.models.nano import END, IMAGE, QWEN, START
 from vtok_eval.train.data import Batch, Turn, moved
+from vtok_eval.train.labels import CHARACTERS, COLOURS, THINGS, Labels
 
 IGNORE = -100
 
@@ -30,13 +31,34 @@ class Talk(nn.Module):
     pool : int
         Average features over so many tokens each way; a pooled token stands at its first one's position, so what is
         learnt holds for all tokens. Four times faster at 2.
+
+    Attributes
+    ----------
+    symbols : bool
+        Put the words for what is there in the place of what the tower sees.
     """
+
+    model: Any
+    mean: Tensor
+    spread: Tensor
 
     def __init__(self, name: str, model: Any, processor: Any, pool: int = 1) -> None:
         super().__init__()
-        self.name, self.model, self.pool = name, model, pool
+        self.name, self.model, self.pool, self.symbols = name, model, pool, False
+        width = model.config.vision_config.hidden_size
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+        if name == "nano-llava":
+            model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: self._standard(args[0]))
         text = processor.tokenizer
         ids = lambda string: text(string, add_special_tokens=False).input_ids  # noqa: E731
+        # a character is one token at a word's beginning and another one inside
+        inside = lambda letter: [*ids(letter), text.convert_tokens_to_ids(f"##{letter}")]  # noqa: E731
+        self._words = {
+            "thing": [ids(word) for word in THINGS],
+            "colour": [ids(word) for word in COLOURS],
+            "character": [inside(letter) if letter else [] for letter in CHARACTERS],
+        }
         if name == "nano-llava":
             self.head, self.image = ids("user:"), ids(IMAGE)[0]
             self.before, self.after, self.ask = [], [], ids("assistant:")
@@ -46,6 +68,33 @@ class Talk(nn.Module):
             self.head, self.before, self.after = ids(f"{START}user"), [start], [end]
             self.ask = ids(f"{END}{START}assistant")
             self.end = [text.eos_token_id]
+
+    def _standard(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.spread
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> None:
+        """Standardise the tower's channels from here on, by their mean and spread over a batch.
+
+        A few of DINOv2's channels are a hundred times the others, and the projector has no norm in front. What is
+        learnt behind this is folded into the projector by ``fold``. Qwen's merger has a norm and needs none of it.
+        """
+        if self.name != "nano-llava":
+            return
+        pixels = moved(batch, self.mean.device)["pixel_values"]
+        hidden = self.model.model.vision_tower(pixels).last_hidden_state[:, 1:].float().flatten(0, 1)
+        self.mean.copy_(hidden.mean(0))
+        self.spread.copy_(hidden.std(0) + 1e-6)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put the standardisation into the projector's first matrix, and stop standardising."""
+        if self.name == "nano-llava":
+            first = self.model.model.multi_modal_projector.linear_1
+            first.weight.div_(self.spread)
+            first.bias.sub_(first.weight @ self.mean)
+        self.mean.zero_()
+        self.spread.fill_(1)
 
     def features(self, images: dict[str, Tensor]) -> list[Tensor]:
         """(tokens, D) of every picture, projected."""
@@ -61,10 +110,38 @@ class Talk(nn.Module):
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
         }
 
+    def align(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """How far visual tokens are from the words for what they look at: object, colour and character, added up.
+
+        A language model that has learnt nothing yet then needs to look and copy. Without this it had not begun to look
+        at pictures after 450 batches: every task stood where guessing puts it.
+        """
+        device = next(self.parameters()).device
+        found = torch.cat(self.features(moved(batch, device))).float()
+        table = self.model.get_input_embeddings().weight.detach().float()
+        wanted = torch.cat(self.words(batch.labels, device))
+        loss = (found - wanted).square().sum(-1).mean() / table.square().sum(-1).mean()
+        thing = torch.cat([own.thing.flatten() for own in batch.labels]).to(device)
+        names = torch.stack([table[ids].mean(0) for ids in self._words["thing"][1:]])
+        right = ((found @ names.T).argmax(-1) + 1 == thing)[thing > 0].float().mean()
+        return loss, {"thing": right.item()}
+
+    def words(self, truth: list[Labels], device: torch.device) -> list[Tensor]:
+        """(tokens, D) of every picture: the embeddings of the words for what each token looks at, added up."""
+        table = self.model.get_input_embeddings().weight.detach().float()
+        sums = {
+            name: torch.stack([table[ids].mean(0) if ids else 0 * table[0] for ids in words])
+            for name, words in self._words.items()
+        }
+        return [
+            sum(sums[name][getattr(own, name).flatten().to(device).clamp(min=0)] for name in sums)  # type: ignore[misc]
+            for own in truth
+        ]
+
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Mean loss over the questions, each weighing the same, and the share of answers that are right, by task."""
         device = next(self.parameters()).device
-        features = self.features(moved(batch, device))
+        features = self.words(batch.labels, device) if self.symbols else self.features(moved(batch, device))
         if self.pool > 1:
             flat = [grid for own in batch.grids for grid in own]
             features = [_pooled(own, grid, self.pool) for own, grid in zip(features, flat, strict=True)]

@@ -21,12 +21,15 @@ from vtok_eval.train.tower import Tower, matmul_patches
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-llava": {
         "tower": {"size": 8, "steps": 700, "rate": 1e-4},
-        "pooled": {"size": 8, "steps": 2500, "rate": 2e-3, "pool": 2},
+        "symbols": {"size": 12, "steps": 1500, "rate": 2e-3, "pool": 2, "crowds": 0.2},
+        "words": {"size": 8, "steps": 400, "rate": 3e-3},
+        "pooled": {"size": 8, "steps": 1000, "rate": 1e-3, "pool": 2, "crowds": 0.1},
         "full": {"size": 8, "steps": 400, "rate": 7e-4},
     },
     "nano-qwen": {
         "tower": {"size": 8, "steps": 1000, "rate": 3e-4},
-        "pooled": {"size": 8, "steps": 3000, "rate": 2e-3, "pool": 1},
+        "words": {"size": 8, "steps": 250, "rate": 5e-3},
+        "pooled": {"size": 8, "steps": 3000, "rate": 2e-3, "pool": 1, "crowds": 0.3},
         "full": {"size": 8, "steps": 800, "rate": 7e-4},
     },
 }
@@ -84,15 +87,20 @@ def run(
             trained: nn.Module = tower
             groups: list[Any] = [([tower.tower], own["rate"]), ([tower.heads], 2e-3)]
             step: Any = tower.step
+        elif stage == "words":
+            talk.measure(Scenes(name, processor, 16, 1, f"{name}/{seed}/measure", crowds=0.5)[0])
+            trained, step, groups = talk, talk.align, [(language[1:], own["rate"])]
         else:
             trained, step = talk, talk.step
-            talk.pool = own.get("pool", 1)
-            groups = [(language, own["rate"])]
-        mix = {"crowds": 0.8} if stage == "tower" else {"pairs": 0.15}
+            talk.pool, talk.symbols = own.get("pool", 1), stage == "symbols"
+            groups = [(language[:1] if stage == "symbols" else language, own["rate"])]
+        mix = {"crowds": 0.8} if stage in ("tower", "words") else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.5}
+        mix["pixels"] = stage != "symbols"
         data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", **mix)
         plan = Stage(stage, steps, groups, step, warmup=max(1, min(200, steps // 10)))
         with matmul_patches(model):
             train(trained, plan, data, out, workers=workers, resume=resume)
+    talk.fold()
     folder = out / "model"
     save(model, processor, folder)
     return folder
@@ -128,6 +136,7 @@ def start_tower(name: str, model: Any, seed: int) -> Any:
 def save(model: Any, processor: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write a folder that plain ``from_pretrained`` loads, in bfloat16: half the size."""
     lean = type(model)(model.config)
+    lean.config.vtok_instruction = False  # trained on bare questions: vtok eval puts no instruction behind them
     lean.load_state_dict(model.state_dict())
     lean.generation_config = model.generation_config
     lean.to(dtype).eval().save_pretrained(folder)

@@ -66,7 +66,8 @@ class Chat(Talk):
 
     def __init__(self, model: Any, processor: Any) -> None:
         nn.Module.__init__(self)
-        self.name, self.model, self.pool = "nano-llava", model, 1  # its layout: one grid a picture, positions in a row
+        # nano-llava's layout: one grid a picture, positions in a row
+        self.name, self.model, self.pool, self.symbols = "nano-llava", model, 1, False
         text = processor.tokenizer
 
         def ids(string: str) -> list[int]:
@@ -136,21 +137,47 @@ def _spelt(names: tuple[str, ...], model: Any, processor: Any) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.no_grad()
-def settle(model: Any, pixels: Tensor) -> None:
-    """Start the projector: standardised features in, ``LOUDNESS`` times the spread of word embeddings out."""
-    config = model.config
-    seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
-    seen = seen[:, 1:].flatten(0, 1).float()
-    projector = model.model.multi_modal_projector
-    first, second = projector.linear_1, projector.linear_2
-    for linear in (first, second):
-        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        nn.init.zeros_(linear.bias)
-    mean, spread = seen.mean(0), seen.std(0).clamp(min=1e-6)
-    first.weight.div_(spread)
-    first.bias.copy_(-first.weight @ mean)
-    second.weight.mul_(LOUDNESS * model.get_input_embeddings().weight.float().std() / projector(seen).std())
+class Standard(nn.Module):
+    """The projector's input by mean and spread of each channel, and a projector that starts from there.
+
+    A few of DINOv2's channels are many times the others, and the projector has no norm in front: Adam's steps, the same
+    for every weight, would be far too long for those channels. ``folded`` moves this into the projector at the end.
+
+    Parameters
+    ----------
+    model
+        Its projector is initialised anew: ``LOUDNESS`` times the spread of the word embeddings goes out.
+    pixels : Tensor
+        (n, 3, side, side) pictures to measure on.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+    @torch.no_grad()
+    def __init__(self, model: Any, pixels: Tensor) -> None:
+        super().__init__()
+        seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        seen = seen[model.config.vision_feature_layer][:, 1:].flatten(0, 1).float()
+        self.register_buffer("mean", seen.mean(0))
+        self.register_buffer("spread", seen.std(0).clamp(min=1e-6))
+        projector = model.model.multi_modal_projector
+        for linear in (projector.linear_1, projector.linear_2):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+        projector.register_forward_pre_hook(lambda _, args: (self(args[0]),))
+        loud = LOUDNESS * model.get_input_embeddings().weight.float().std()
+        projector.linear_2.weight.mul_(loud / projector(seen).std())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.spread
+
+    def folded(self, projector: Any) -> dict[str, Tensor]:
+        """The projector's parameters for features as they are."""
+        found = {name: value.detach().float() for name, value in projector.named_parameters()}
+        found["linear_1.weight"] = found["linear_1.weight"] / self.spread
+        found["linear_1.bias"] = found["linear_1.bias"] - found["linear_1.weight"] @ self.mean
+        return found
 
 
 class Student:
@@ -174,7 +201,7 @@ class Student:
             torch.manual_seed(seed)
             rng = random.Random(f"train/small-llava/{seed}/start")
             pictures = [scenes.make(rng.choice(scenes.KINDS), rng).image for _ in range(8)]
-            settle(model, prepared("nano-llava", processor, pictures)[0]["pixel_values"])
+            self.standard = Standard(model, prepared("nano-llava", processor, pictures)[0]["pixel_values"]).to(place)
             for weight in model.parameters():  # not the module: rotary frequencies stay fp32
                 weight.data = weight.data.to(torch.bfloat16)
             model.to(place).model.multi_modal_projector.float()
@@ -193,18 +220,17 @@ class Student:
         return Stage(name, steps, groups, step, warmup=max(1, min(100, steps // 10)), decay=0.01)
 
     def scenes(self, name: str, size: int, steps: int) -> Scenes:
-        """The stream of a stage; only questions about pairs are the matter of the last two."""
-        pairs = {"tower": 0.0, "pooled": 0.12, "whole": 0.08}.get(name, 0.1)
-        crowds = 0.8 if name == "tower" else 0.0
+        """The stream of a stage."""
+        mix = {"crowds": 0.8} if name == "tower" else {"pairs": 0.1, "lists": 0.0 if name == "check" else 0.3}
         seed = f"small-llava/{self.seed}/{name}"
-        return Asked("nano-llava", self.processor, size, steps, seed, questions=6, pairs=pairs, crowds=crowds)
+        return Asked("nano-llava", self.processor, size, steps, seed, questions=6, **mix)
 
     def delta(self) -> dict[str, Tensor]:
         """What ``small.assemble`` takes."""
-        projector = self.model.model.multi_modal_projector.named_parameters(prefix="model.multi_modal_projector")
+        projector = self.standard.folded(self.model.model.multi_modal_projector)
         return {
             **lora.delta(self.model),
-            **{name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in projector},
+            **{f"model.multi_modal_projector.{name}": value.cpu() for name, value in projector.items()},
         }
 
     @torch.no_grad()
