@@ -58,6 +58,7 @@ def _dist_info(wheel: zipfile.ZipFile, name: str) -> str:
 def _modules(wheel: zipfile.ZipFile) -> list[str]:
     return [path for path in wheel.namelist() if ".dist-info/" not in path]
 
+
 DATA = {"vtok_eval": ("data/**/*", "lmms_tasks/*.yaml", "lmms_tasks/*.jsonl", "render/page.*")}
 """What is no code: sprites, tasks, weights, the report's style and script."""
 

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from vtok.errors import VtokError
 
 #: sub-commands that live elsewhere: name -> "module:function", imported when asked for, absent while the module is
-ELSEWHERE = {"bench": "vtok.bench:command", "eval": "vtok_eval.harness:command"}
+ELSEWHERE = {"bench": "vtok.bench:command", "eval": "vtok_eval.harness:command", "tune": "vtok_eval.tune:command"}
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

@@ -162,9 +162,10 @@ def test_geometry_by_name() -> None:
         assert processor.tokenizer.decode(given["input_ids"][0], skip_special_tokens=True).strip() == "what is it?"
 
 
-@pytest.mark.parametrize("family", ["llava"])
-def test_two_processes_give_the_numbers_of_one(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
+    family = "llava"
     one, two = tmp_path / "one", tmp_path / "two"
     assert call(*arguments(folders, family, one)).exit_code == 0
     # --multi_gpu is how accelerate says "torchrun"; the processes find no GPU and stay on the CPU

@@ -135,6 +135,15 @@ def test_unreachable_budget_is_raised_beside_its_composition(base: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_half_precision(tmp_path: Path, family: str) -> None:
+    model, processor = tiny.build(family)
+    settings: dict[str, Any] = {"methods": ["flowcut", "divprune"], "keeps": [0.5], "tasks": [tiny.task(count=3)]}
+    results = tiny.run(family, tmp_path, built=(model.bfloat16(), processor), batch_size=2, **settings)
+    assert results["model"]["dtype"] == "bfloat16"
+    assert not any(line["error"] for line in samples(tmp_path).values())
+
+
 def test_entries_raised_to_one_budget_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     original = Answers.ask

@@ -63,7 +63,9 @@ def test_a_saved_model_loads_plainly(made: tuple[str, Any, Any], tmp_path: Path)
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     again: Any = transformers.AutoProcessor.from_pretrained(tmp_path)
-    inputs = [p(images=PICTURES[:1], text=[prompt(p, 1, QUESTIONS[0][0])], return_tensors="pt") for p in (processor, again)]
+    inputs = [
+        p(images=PICTURES[:1], text=[prompt(p, 1, QUESTIONS[0][0])], return_tensors="pt") for p in (processor, again)
+    ]
     assert inputs[0].keys() == inputs[1].keys()
     assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in inputs[0])
     with torch.no_grad():
@@ -102,7 +104,10 @@ def alone(model: Any, processor: Any, pictures: int, question: str, answer: list
 def test_pooled_tokens_stand_where_their_first_ones_stood(made: tuple[str, Any, Any]) -> None:
     name, model, processor = made
     rows = [Talk(name, model, processor, pool=pool)._row([(4, 6)], []) for pool in (1, 2)]
-    places = [[p for i, p in zip(row["ids"], row["positions"], strict=True) if i == model.config.image_token_id] for row in rows]
+    places = [
+        [p for i, p in zip(row["ids"], row["positions"], strict=True) if i == model.config.image_token_id]
+        for row in rows
+    ]
     assert len(places[0]) == 24 and len(places[1]) == 6
     assert all(place in places[0] for place in places[1])
     # text goes on at the same place
@@ -111,7 +116,7 @@ def test_pooled_tokens_stand_where_their_first_ones_stood(made: tuple[str, Any, 
 
 @pytest.mark.parametrize("name", nano.NANO)
 def test_every_recipe_names_real_stages(name: str) -> None:
-    assert list(RECIPES[name])[0] == "tower"
+    assert next(iter(RECIPES[name])) == "tower"
     for own in RECIPES[name].values():
         assert own["steps"] > 0 and 0 < own["rate"] < 0.1
 

@@ -16,7 +16,12 @@ WIDTH, HEADS, LAYERS, NEURONS, SIDE = 64, 2, 3, 128, 6
 @pytest.fixture(scope="module")
 def teacher() -> transformers.Dinov2Model:
     config = transformers.Dinov2Config(
-        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, mlp_ratio=2, image_size=84, patch_size=14
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        mlp_ratio=2,
+        image_size=84,
+        patch_size=14,
     )
     torch.manual_seed(0)
     model = transformers.Dinov2Model(config).eval()

@@ -66,6 +66,8 @@ def command(
     from vtok_eval.harness.run import evaluate
 
     transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise VtokError(f"dtype {dtype!r} is unknown; take {', '.join(DTYPES)}")
     keeps = [_budget(text) for text in _split(keep, "--keep")]
@@ -90,7 +92,7 @@ def command(
             keeps,
             asked,
             out,
-            name=model,
+            name=Path(model).resolve().name if Path(model).is_dir() else model,
             options=options,
             limit=limit,
             batch_size=batch_size,

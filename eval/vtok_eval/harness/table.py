@@ -14,6 +14,8 @@ WIDTH = 150
 COUNTS = ("keep", "average", "MACs", "accuracy", "retained", "hard", "p plain", "p random")
 TIMES = ("prefill ms", "speed-up", "of ceiling", "MB")
 
+MADE = ("results.json", "samples.jsonl", "report.html", "results.md", "pareto.png")
+
 
 def show(results: Mapping[str, Any], out: Path, console: Console | None = None) -> None:
     """Print one row per entry and what there is to say about them."""
@@ -37,7 +39,7 @@ def show(results: Mapping[str, Any], out: Path, console: Console | None = None) 
         console.print(f"{', '.join(ids)}: {note}", highlight=False)
     if results["problems"]:
         console.print(f"{len(results['problems'])} problems, listed in {out / 'results.json'}", highlight=False)
-    made = [name for name in ("results.json", "samples.jsonl", "report.html") if (out / name).is_file()]
+    made = [name for name in MADE if (out / name).is_file()]
     console.print(f"wrote {', '.join(str(out / name) for name in made)}", highlight=False)
 
 
@@ -61,8 +63,8 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
         interval,
         _percent(score["retention"]),
         _percent((score["hard"] or {}).get("accuracy")),
-        _number(score["p_plain"], ".3f"),
-        _number(score["p_random"], ".3f"),
+        _probability(score["p_plain"]),
+        _probability(score["p_random"]),
         _number((timing.get("prefill") or {}).get("median"), ".0f"),
         _number((timing.get("speedup") or {}).get("median"), ".2f"),
         _number((timing.get("share") or {}).get("median"), ".2f"),
@@ -72,6 +74,10 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
 
 def _percent(value: float | None) -> str:
     return "" if value is None or value != value else f"{100 * value:.1f}"
+
+
+def _probability(value: float | None) -> str:
+    return "<0.001" if value is not None and value < 0.001 else _number(value, ".3f")
 
 
 def _number(value: float | None, spec: str) -> str:

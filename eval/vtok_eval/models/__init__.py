@@ -34,7 +34,9 @@ def folder(name: str) -> Path:
 
         return assemble()
     if not (_DATA / name / "model.safetensors").is_file():
-        raise VtokError(f"this copy of vtok came without the weights of {name}; train them: python -m vtok_eval.train {name}")
+        raise VtokError(
+            f"this copy of vtok came without the weights of {name}; train them: python -m vtok_eval.train {name}"
+        )
     return _DATA / name
 
 

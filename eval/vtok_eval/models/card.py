@@ -1,4 +1,4 @@
-"""``python -m vtok_eval.models.card nano-llava --results FOLDER``: a model card from what was measured, and from nothing else."""
+"""``python -m vtok_eval.models.card NAME --results FOLDER``: a model card from what was measured, nothing else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ vtok.compress(model, "flowcut", keep=64)
 
 or, without vtok's evaluation part, `AutoModelForImageTextToText.from_pretrained` on
 `eval/vtok_eval/data/models/{name}`. It answers the questions of the bundled tasks about pictures in their style, in a
-word or two. It knows {words} words and {concepts} objects; it is an instrument for measuring compression, no assistant."""
+word or two. It knows {words} words and {concepts} objects; it is for measuring compression, and no assistant."""
 
 
 def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], command: str) -> str:
@@ -72,7 +72,9 @@ def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
     entries = {entry["id"]: entry for entry in results["entries"]}
     measured = results["model"]["name"]
     if measured != name or "plain" not in entries or "blank" not in entries:
-        raise VtokError(f"a card of {name} needs results of vtok eval --model {name} with its control, not of {measured}")
+        raise VtokError(
+            f"a card of {name} needs results of vtok eval --model {name} with its control, not of {measured}"
+        )
     plain, blank = entries["plain"], entries["blank"]
     rows = [_row(task["name"], plain["tasks"], blank["tasks"]) for task in results["tasks"]]
     rows.append(_row("all", {"all": plain["overall"]}, {"all": blank["overall"]}))
@@ -80,7 +82,7 @@ def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
     parts = [
         f"# {name}",
         ABOUT[name],
-        f"{results['model']['parameters']:,} parameters; trained on scenes that vtok draws itself, none of them in a task.",
+        f"{results['model']['parameters']:,} parameters. The scenes that it was trained on are in no task.",
         "## Use",
         USE.format(name=name, words=len(scenes.words()), concepts=len(scenes.CONCEPTS)),
         "## Accuracy",

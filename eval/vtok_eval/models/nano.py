@@ -133,7 +133,11 @@ def config(name: str, text: PreTrainedTokenizerFast) -> Any:
         }
         return library.LlavaConfig(
             vision_config=tower,
-            text_config={"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **language},
+            text_config={
+                "model_type": "llama",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                **language,
+            },
             image_token_index=ids(IMAGE),
             image_seq_length=(SIDE // 14) ** 2,
             vision_feature_layer=-1,

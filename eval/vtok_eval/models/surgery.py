@@ -1,4 +1,4 @@
-"""DINOv2 weights for CLIP's and Qwen2.5-VL's towers: what folds exactly, what is cut, and what has to be learnt again."""
+"""DINOv2 weights for CLIP's and Qwen2.5-VL's towers: what folds exactly, what is cut, what has to be learnt again."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def clip_from_dinov2(
 def qwen_from_dinov2(
     weights: Mapping[str, Tensor], layers: int, intermediate: int, heads: int, seen: Seen
 ) -> dict[str, Tensor]:
-    """Weights of a ``Qwen2_5_VisionTransformerPretrainedModel`` from those of a ``Dinov2Model``; the merger is left out.
+    """Weights of a ``Qwen2_5_VisionTransformerPretrainedModel`` from those of a ``Dinov2Model``, without the merger.
 
     A layer norm is an RMS norm of a residual stream without mean: every projection that writes to the stream is
     centred, and a norm's bias goes into what reads it. The gated feed-forward has an open gate (GELU times one). Two

@@ -17,7 +17,9 @@ MODELS = ("nano-llava", "nano-qwen", "small-llava")
 
 def command(
     model: Annotated[str, typer.Argument(help=f"One of {', '.join(MODELS)}.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for checkpoints, log and model; runs/MODEL by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints, log and model; runs/MODEL by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
     scale: Annotated[float, typer.Option(help="Multiply the recipe's steps by this.", min=0.0)] = 1.0,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one by default.")] = "",

@@ -124,7 +124,9 @@ class Scenes(Dataset):
             turns.append([Turn(qa.task, self._ids(qa.question), self._ids(qa.answer)) for qa in asked])
             if not asked or (not paired and rng.random() < self.lists):
                 turns[-1].append(Turn("list", self._ids(LIST), self._ids(listed(own[0]))))
-        images, frames = prepared(self.name, self.processor, [scene.image for own in drawn for scene in own], self.pixels)
+        images, frames = prepared(
+            self.name, self.processor, [scene.image for own in drawn for scene in own], self.pixels
+        )
         flat = [scene for own in drawn for scene in own]
         maps = [labels(scene, *grid, frame) for scene, (grid, frame) in zip(flat, frames, strict=True)]
         grids = iter([grid for grid, _ in frames])

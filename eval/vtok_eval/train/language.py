@@ -59,6 +59,7 @@ class Talk(nn.Module):
             "colour": [ids(word) for word in COLOURS],
             "character": [inside(letter) if letter else [] for letter in CHARACTERS],
         }
+        self._sides = [ids(word) for word in ("left", "right", "top", "bottom")]
         if name == "nano-llava":
             self.head, self.image = ids("user:"), ids(IMAGE)[0]
             self.before, self.after, self.ask = [], [], ids("assistant:")
@@ -111,7 +112,7 @@ class Talk(nn.Module):
         }
 
     def align(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """How far visual tokens are from the words for what they look at: object, colour and character, added up.
+        """How far visual tokens are from the words for what they look at: object, colour, character and place.
 
         A language model that has learnt nothing yet then needs to look and copy. Without this it had not begun to look
         at pictures after 450 batches: every task stood where guessing puts it.
@@ -133,10 +134,27 @@ class Talk(nn.Module):
             name: torch.stack([table[ids].mean(0) if ids else 0 * table[0] for ids in words])
             for name, words in self._words.items()
         }
-        return [
-            sum(sums[name][getattr(own, name).flatten().to(device).clamp(min=0)] for name in sums)  # type: ignore[misc]
-            for own in truth
-        ]
+        found = []
+        for own in truth:
+            total = self._places(table, *own.thing.shape)
+            for name, vectors in sums.items():
+                total = total + vectors[getattr(own, name).flatten().to(device).clamp(min=0)]
+            found.append(total)
+        return found
+
+    def _places(self, table: Tensor, rows: int, columns: int) -> Tensor:
+        """(tokens, D) between the words left and right, top and bottom.
+
+        LLaVA's language model counts tokens row after row, and cannot tell columns from that; its tower's features know
+        where they are. Qwen's counts rows and columns apart.
+        """
+        if self.name != "nano-llava":
+            return table.new_zeros(rows * columns, table.shape[1])
+        left, right, top, bottom = (table[ids].mean(0) for ids in self._sides)
+        across = torch.linspace(0, 1, columns, device=table.device)[None, :, None]
+        down = torch.linspace(0, 1, rows, device=table.device)[:, None, None]
+        total = (1 - across) * left + across * right + (1 - down) * top + down * bottom
+        return 0.5 * total.flatten(0, 1)
 
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Mean loss over the questions, each weighing the same, and the share of answers that are right, by task."""

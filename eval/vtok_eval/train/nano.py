@@ -21,16 +21,16 @@ from vtok_eval.train.tower import Tower, matmul_patches
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-llava": {
         "tower": {"size": 8, "steps": 700, "rate": 1e-4},
-        "symbols": {"size": 12, "steps": 1500, "rate": 2e-3, "pool": 2, "crowds": 0.2},
-        "words": {"size": 8, "steps": 400, "rate": 3e-3},
-        "pooled": {"size": 8, "steps": 1000, "rate": 1e-3, "pool": 2, "crowds": 0.1},
-        "full": {"size": 8, "steps": 400, "rate": 7e-4},
+        "symbols": {"size": 12, "steps": 3000, "rate": 2e-3, "pool": 2, "crowds": 0.1},
+        "words": {"size": 8, "steps": 250, "rate": 3e-3},
+        "pooled": {"size": 8, "steps": 1500, "rate": 1.5e-3, "pool": 2, "crowds": 0.1},
+        "full": {"size": 8, "steps": 1000, "rate": 1e-3},
     },
     "nano-qwen": {
         "tower": {"size": 8, "steps": 1000, "rate": 3e-4},
-        "words": {"size": 8, "steps": 250, "rate": 5e-3},
-        "pooled": {"size": 8, "steps": 3000, "rate": 2e-3, "pool": 1, "crowds": 0.3},
-        "full": {"size": 8, "steps": 800, "rate": 7e-4},
+        "symbols": {"size": 12, "steps": 3000, "rate": 2e-3, "pool": 2, "crowds": 0.1},
+        "words": {"size": 8, "steps": 250, "rate": 3e-3},
+        "full": {"size": 8, "steps": 900, "rate": 1.5e-3, "crowds": 0.1},
     },
 }
 
@@ -94,7 +94,11 @@ def run(
             trained, step = talk, talk.step
             talk.pool, talk.symbols = own.get("pool", 1), stage == "symbols"
             groups = [(language[:1] if stage == "symbols" else language, own["rate"])]
-        mix = {"crowds": 0.8} if stage in ("tower", "words") else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.5}
+        mix = (
+            {"crowds": 0.8}
+            if stage in ("tower", "words")
+            else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.5}
+        )
         mix["pixels"] = stage != "symbols"
         data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", **mix)
         plan = Stage(stage, steps, groups, step, warmup=max(1, min(200, steps // 10)))

@@ -1,0 +1,117 @@
+"""What is searched: methods, their layers and published settings, chains, and budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vtok.budget import check_keep
+from vtok.errors import VtokError
+from vtok.method import Method, get, registry, resolve
+from vtok.view import Shape
+from vtok.bench.contest import title
+
+CHAINS = ("divprune+random_deep", "flowcut+random_deep", "visionzip+random_deep", "divprune+fastv")
+"""Searched beside the single methods: a first stage that reaches any budget, and a second that cuts late."""
+STEPS = 4
+"""Budgets to every halving of the tokens: steps of 16%, finer than a thousand questions can tell apart."""
+OCTAVES = 6
+"""Halvings down to the smallest budget, a 64th of the tokens."""
+
+
+def chains(names: Sequence[str], options: Mapping[str, Mapping[str, Any]], seed: int = 0) -> list[tuple[Method, ...]]:
+    """The methods asked for.
+
+    Parameters
+    ----------
+    names : sequence of str
+        ``"fastv"``; ``"divprune+random_deep"`` composes.
+    options : mapping
+        Method name -> options that the user fixed.
+    seed : int
+        Of methods that draw.
+
+    Raises
+    ------
+    VtokError
+        An unknown method or option, or options for a method that is not asked for.
+    """
+    if not names:
+        raise VtokError("no method to search; name some, such as divprune,fastv, or take all")
+    present = {part for name in names for part in name.split("+")}
+    for name in options:
+        if name not in present:
+            raise VtokError(f"there are options for {name!r}, which is not among the methods; add it to them")
+    found = []
+    for name in names:
+        parts = [get(part, **{**_drawn(part, seed), **options.get(part, {})}) for part in name.split("+")]
+        found.append(resolve(parts, {}))
+    return found
+
+
+def _drawn(name: str, seed: int) -> dict[str, int]:
+    fields = getattr(registry().get(name), "__dataclass_fields__", {})
+    return {"seed": seed} if seed and "seed" in fields else {}
+
+
+def variants(
+    asked: Iterable[tuple[Method, ...]], shape: Shape, options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[Method, ...]]:
+    """Title -> chain: every chain as it is, then with one of its methods changed in one way.
+
+    Options that the user fixed stay.
+    """
+    found: dict[str, tuple[Method, ...]] = {}
+    for chain in asked:
+        changed = [chain]
+        for place, method in enumerate(chain):
+            for change in _changes(method, shape):
+                if not set(change) & set(options.get(method.name, {})):
+                    changed.append((*chain[:place], dataclasses.replace(method, **change), *chain[place + 1 :]))
+        for own in changed:
+            if own not in found.values():
+                found[title(list(own))] = own
+    return found
+
+
+def _changes(method: Method, shape: Shape) -> list[dict[str, Any]]:
+    """Settings worth a look: layers by depth, and those of published presets."""
+    depth = shape.depth
+    layers: dict[str, list[dict[str, Any]]] = {
+        "fastv": [{"k": k} for k in sorted({3, depth // 4, depth // 2})],
+        "random_deep": [{"layer": share / 32} for share in (12, 16, 24)],
+        "flowcut": [{"llm_layer": None}, {"llm_layer": depth // 4}] if shape.tiled or shape.packed else [],
+        "todre": [{"decision": None}, {"decision": 0.5}],
+    }
+    found = layers.get(method.name, [])
+    for preset in method.presets.values():
+        found = [*found, {key: value for key, value in preset.items() if key != "keep"}]
+    names = {item.name for item in dataclasses.fields(method)}
+    unique: list[dict[str, Any]] = []
+    for change in found:
+        if change and set(change) <= names and change not in unique and dataclasses.replace(method, **change) != method:
+            unique.append(change)
+    return [change for change in unique if 0 < change.get("k", 1) < depth]
+
+
+def grid(sizes: Sequence[int], wanted: Iterable[int | float] = ()) -> list[int | float]:
+    """Budgets, ascending: tokens where all pictures have the same number of them, shares where not.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Visual tokens of the pictures.
+    wanted : iterable of int or float
+        Budgets that must be among them.
+    """
+    if not sizes:
+        raise VtokError("no picture of these tasks opens, so there is nothing to tune; see the folder given as --data")
+    shares = [2 ** (-step / STEPS) for step in range(1, STEPS * OCTAVES + 1)]
+    most = max(sizes)
+    if len(sizes) == 1:
+        found = {max(1, round(most * share)) for share in shares} | {own for own in wanted if own < most}
+    else:
+        found = {round(share, 3) for share in shares if share * most >= 1}
+        found |= {own if isinstance(own, float) else round(own / most, 3) for own in wanted if own < most}
+    return sorted(check_keep(own) for own in found) or [1]
