@@ -203,6 +203,13 @@ def test_a_method_that_refuses_a_family(tiny: Any) -> None:
     assert vtok.compress(tiny("llava_next"), Picky(), keep=8) is tiny("llava_next")
 
 
+def test_flow_needs_more_than_one_block() -> None:
+    model = build("llava", layers=2, vision_layers=2)  # the features are those behind the first of two
+    with pytest.raises(vtok.VtokError, match="single block") as caught:
+        vtok.compress(model, "flowcut", keep=4)
+    one_sentence(caught.value)
+
+
 def test_sliding_windows_are_refused() -> None:
     model = build("llava_next", layers=2)
     model.model.language_model.config.sliding_window = 4096

@@ -59,6 +59,11 @@ class FlowCut(Method):
         if self.every < 1:
             raise VtokError(f"flowcut every={self.every} is no distance between cuts; give at least 1 layer")
 
+    def refuse(self, shape: Shape) -> str | None:
+        if shape.tower_depth == 1:
+            return "it follows the flow through the vision tower, and this one has a single block in use"
+        return super().refuse(shape)
+
     def stages(self, shape: Shape) -> Sequence[Stage]:
         last = shape.tower_depth - 1
         cuts = [layer for layer in range(2, last + 1) if (last - layer) % self.every == 0] or [last]

@@ -115,11 +115,11 @@ class Scenes(Dataset):
             if paired:
                 own = list(scenes.pair(rng))
                 asked = scenes.pair_questions(own[0], own[1], rng, limit=self.questions)
-            elif rng.random() < self.crowds:
-                own, asked = [crowd(rng)], []
             else:
-                own = [scenes.make(rng.choices(list(KINDS), list(KINDS.values()))[0], rng)]
-                asked = scenes.questions(own[0], rng, limit=self.questions)
+                full = rng.random() < self.crowds
+                own = [crowd(rng) if full else scenes.make(rng.choices(list(KINDS), list(KINDS.values()))[0], rng)]
+                asked = scenes.questions(own[0], rng) + scenes.questions(own[0], rng)  # other words, other negatives
+                asked = asked[: self.questions]
             drawn.append(own)
             turns.append([Turn(qa.task, self._ids(qa.question), self._ids(qa.answer)) for qa in asked])
             if not asked or (not paired and rng.random() < self.lists):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,14 @@ from vtok_eval.train.tower import Tower, matmul_patches
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-llava": {
         "tower": {"size": 8, "steps": 700, "rate": 1e-4},
-        "symbols": {"size": 12, "steps": 3000, "rate": 2e-3, "pool": 2, "crowds": 0.1},
+        "symbols": {"size": 12, "steps": 4000, "rate": 2e-3, "pool": 2, "crowds": 0.4, "questions": 20, "layers": 4},
         "words": {"size": 8, "steps": 250, "rate": 3e-3},
         "pooled": {"size": 8, "steps": 1500, "rate": 1.5e-3, "pool": 2, "crowds": 0.1},
         "full": {"size": 8, "steps": 1000, "rate": 1e-3},
     },
     "nano-qwen": {
         "tower": {"size": 8, "steps": 1000, "rate": 3e-4},
-        "symbols": {"size": 12, "steps": 3000, "rate": 2e-3, "pool": 2, "crowds": 0.1},
+        "symbols": {"size": 12, "steps": 4000, "rate": 2e-3, "pool": 2, "crowds": 0.4, "questions": 20, "layers": 4},
         "words": {"size": 8, "steps": 250, "rate": 3e-3},
         "full": {"size": 8, "steps": 900, "rate": 1.5e-3, "crowds": 0.1},
     },
@@ -79,6 +81,7 @@ def run(
     language = [model.model.language_model]
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)  # a fifth of a step's time, for half a minute once
+    idle_layers(model.model.language_model, recipe["symbols"]["layers"])
     # the tower stays as it is from here on: its backward pass is most of a step, and it sees already
     language += [model.model.multi_modal_projector] if name == "nano-llava" else [model.model.visual.merger]
     for stage, own in recipe.items():
@@ -100,14 +103,44 @@ def run(
             else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.5}
         )
         mix["pixels"] = stage != "symbols"
-        data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", **mix)
+        asked = own.get("questions", 10)
+        data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", asked, **mix)
         plan = Stage(stage, steps, groups, step, warmup=max(1, min(200, steps // 10)))
-        with matmul_patches(model):
+        with matmul_patches(model), some_layers(model.model.language_model, own.get("layers")):
             train(trained, plan, data, out, workers=workers, resume=resume)
     talk.fold()
     folder = out / "model"
     save(model, processor, folder)
     return folder
+
+
+def _chosen(depth: int, count: int) -> list[int]:
+    """Layers evenly apart: 1, 4, 7, 10 of 12 for four."""
+    return [(2 * i + 1) * depth // (2 * count) for i in range(count)]
+
+
+@torch.no_grad()
+def idle_layers(language: Any, count: int) -> None:
+    """Let all layers but ``count`` add nothing at first: they join later without a change of what is computed."""
+    chosen = _chosen(len(language.layers), count)
+    for number, layer in enumerate(language.layers):
+        if number not in chosen:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+
+
+@contextmanager
+def some_layers(language: Any, count: int | None) -> Iterator[None]:
+    """Run a language model with ``count`` of its layers only: three times faster for four of twelve, and what needs two
+    steps of attention is found sooner by four layers than by twelve."""
+    whole, depth = language.layers, language.config.num_hidden_layers
+    if count is not None:
+        language.layers = nn.ModuleList([whole[number] for number in _chosen(depth, count)])
+        language.config.num_hidden_layers = count
+    try:
+        yield
+    finally:
+        language.layers, language.config.num_hidden_layers = whole, depth
 
 
 def start_tower(name: str, model: Any, seed: int) -> Any:

@@ -59,8 +59,8 @@ class Tower(nn.Module):
     """The vision side of a nano model with its readings.
 
     Tokens are what enters LLaVA's projector, and what leaves Qwen's merger. With a teacher (a ``Dinov2Model`` cut to
-    the layers that are taken over) patches also stay close to the teacher's: without it, labels alone at a rate of 5e-4 led
-    a linear reading of objects from 82 % right down to 48 % in 500 steps. A step sees a window of each picture, two
+    the layers that are taken over) patches also stay close to the teacher's: without it, labels alone at a rate of 5e-4
+    led a linear reading of objects from 82 % right down to 48 % in 500 steps. A step sees a window of each picture, two
     thirds of it each way: 44 % of the tokens, and a fifth of the attention, whose backward pass is half the time of a
     step on a CPU.
     """

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vtok.bench.contest import title
 from vtok.budget import check_keep
 from vtok.errors import VtokError
 from vtok.method import Method, get, registry, resolve
 from vtok.view import Shape
-from vtok.bench.contest import title
 
 CHAINS = ("divprune+random_deep", "flowcut+random_deep", "visionzip+random_deep", "divprune+fastv")
 """Searched beside the single methods: a first stage that reaches any budget, and a second that cuts late."""
@@ -115,3 +115,9 @@ def grid(sizes: Sequence[int], wanted: Iterable[int | float] = ()) -> list[int |
         found = {round(share, 3) for share in shares if share * most >= 1}
         found |= {own if isinstance(own, float) else round(own / most, 3) for own in wanted if own < most}
     return sorted(check_keep(own) for own in found) or [1]
+
+
+def within(budgets: Sequence[int | float], limits: Sequence[int]) -> list[int | float]:
+    """Budgets in tokens that a limit on tokens allows, the smallest at least; shares are not known to."""
+    allowed = [own for own in budgets if isinstance(own, float) or own <= min(limits, default=own)]
+    return allowed or list(budgets[:1])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vtok_eval.harness.asking import Asking, Judge
 from vtok_eval.harness.cells import PLAIN, Entry, line_up
 from vtok_eval.harness.ranks import Ranks
 from vtok_eval.harness.score import Answer, collect
-from vtok_eval.samples import Sample, Task
+from vtok_eval.samples import Task
 from vtok_eval.tune import split
 from vtok_eval.tune.estimate import Scores, resampled
 from vtok_eval.tune.search import Cost, Trial
@@ -78,7 +79,8 @@ class Questions:
     notes: dict[str, str] = field(default_factory=dict)
     asked: int = 0
     _entries: dict[str, Entry] = field(default_factory=dict)
-    _weights: dict[tuple[int, ...], dict[str, np.ndarray]] = field(default_factory=dict)
+    _known: dict[store.Key, Answer] = field(default_factory=dict)
+    _weights: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         total = sum(len(task.samples) for task in self.calibration)
@@ -94,24 +96,50 @@ class Questions:
 
     def grids(self) -> dict[str, list[int | float]]:
         """Variant -> budgets that it reaches on pictures of these sizes."""
-        found = {}
-        for name in self.chains:
-            low, high = -1, len(self.budgets)  # a method that cuts late does not reach the smallest
-            while high - low > 1:
-                middle = (low + high) // 2
-                fits = self.entry(Trial(name, self.budgets[middle])).status == "ok"
-                low, high = (low, middle) if fits else (middle, high)
-            if high < len(self.budgets):
-                found[name] = list(self.budgets[high:])
-                if high:
-                    self.notes[name] = f"cuts late: reaches no budget below {self.budgets[high]:g}"
-            else:
-                self.notes[name] = self.entry(Trial(name, self.budgets[-1])).note
+        last = len(self.budgets)
+        starts = {name: self._lowest(-1, partial(self._fits, name)) for name in self.chains}
+        # some methods refuse a budget only when they run: one question at the smallest tells
+        running = self._run([self._trial(name, at) for name, at in starts.items() if at < last])
+        for name, at in starts.items():
+            if at < last and self._trial(name, at) not in running:
+                starts[name] = self._lowest(at, partial(self._runs, name))
+        found = {name: list(self.budgets[at:]) for name, at in starts.items() if at < last}
+        for name, at in starts.items():
+            if at == last:
+                self.notes[name] = self.entry(self._trial(name, last - 1)).note or "runs at no budget"
+            elif at:
+                self.notes[name] = f"reaches no budget below {self.budgets[at]:g}"
         if not found:
             raise VtokError(
                 "no method can be searched on this model: " + "; ".join(f"{k}: {v}" for k, v in self.notes.items())
             )
         return found
+
+    def _trial(self, name: str, place: int) -> Trial:
+        return Trial(name, self.budgets[place])
+
+    def _fits(self, name: str, place: int) -> bool:
+        return self.entry(self._trial(name, place)).status == "ok"
+
+    def _runs(self, name: str, place: int) -> bool:
+        return bool(self._run([self._trial(name, place)]))
+
+    def _lowest(self, low: int, fits: Callable[[int], bool]) -> int:
+        """The first place behind ``low`` from which on all fit."""
+        high = len(self.budgets)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
+
+    def _run(self, trials: Sequence[Trial]) -> set[Trial]:
+        """Those that can answer a question (all, where the plain model cannot)."""
+        task = next(task for task in self.probe if task.samples)
+        sample = task.samples[0]
+        found = self._found(trials, [replace(task, samples=(sample,))], "trying")
+        if found[PLAIN, task.name, sample.id].error is not None:
+            return set(trials)
+        return {trial for trial in trials if found[trial.id, task.name, sample.id].error is None}
 
     def scores(self, trials: Sequence[Trial], rung: int) -> dict[Trial, Scores]:
         """Answers to all questions of a subset."""
@@ -130,16 +158,16 @@ class Questions:
         if not any(asked.values()):
             problem = next((own.error for own in found.values() if own.error), "there are no questions")
             raise VtokError(f"the plain model could not be asked anything, so nothing can be compared: {problem}")
-        shape = tuple(map(len, asked.values()))
-        if shape not in self._weights:
+        key = store.fingerprint({name: [sample.id for sample in own] for name, own in asked.items()})
+        if key not in self._weights:
             clusters = {name: [sample.images or sample.id for sample in own] for name, own in asked.items()}
-            self._weights[shape] = resampled(clusters, self.seed)
+            self._weights[key] = resampled(clusters, self.seed)
 
         def marks(entry: str) -> dict[str, np.ndarray]:
             return {name: np.array([_right(found[entry, name, s.id]) for s in own]) for name, own in asked.items()}
 
         plain = marks(PLAIN)
-        return {trial: Scores.of(marks(trial.id), plain, self._weights[shape]) for trial in trials}
+        return {trial: Scores.of(marks(trial.id), plain, self._weights[key]) for trial in trials}
 
     def priced(
         self, trials: Sequence[Trial], tasks: Sequence[Task], title: str
@@ -147,7 +175,7 @@ class Questions:
         """Tokens, MACs, speed-up, and the timed ratios that the speed-up is the median of."""
         found = self._found(trials, tasks, title)
         ratios = self.watch.ratios([self.entry(trial) for trial in trials], tasks) if self.watch else {}
-        prices = {}
+        prices: dict[Trial, tuple[Cost, list[list[float]]]] = {}
         for trial in trials:
             own = [found[trial.id, task.name, sample.id] for task in tasks for sample in task.samples]
             own = [answer for answer in own if answer.error is None and answer.tokens]
@@ -177,17 +205,20 @@ class Questions:
     def _found(self, trials: Sequence[Trial], tasks: Sequence[Task], title: str) -> dict[store.Key, Answer]:
         entries = [Entry(PLAIN), *(self.entry(trial) for trial in trials)]
         wanted = {(own.id, task.name, s.id) for own in entries for task in tasks for s in task.samples}
-        missing = len(wanted) - len(collect(store.read(self.out / store.SAMPLES), wanted))
+        missing = wanted - self._known.keys()
+        if missing:  # an earlier run may have asked
+            self._known.update(collect(store.read(self.out / store.SAMPLES), missing))
+            missing -= self._known.keys()
         if missing:
             self._record(entries)
-            steps = len(wanted)
-            with progress_bar(f"{title}: {len(trials)} configurations", steps, self.progress) as advance:
+            with progress_bar(f"{title}: {len(trials)} configurations", len(wanted), self.progress) as advance:
                 asking = Asking(
                     self.answers, entries, tasks, self.batch_size, self.judge, self.out, Ranks(), advance
                 )  # fmt: skip
                 asking.run()
-            self.asked += missing
-        return collect(store.read(self.out / store.SAMPLES), wanted)
+            self.asked += len(missing)
+            self._known.update(collect(store.read(self.out / store.SAMPLES), missing))
+        return self._known
 
     def _record(self, entries: Sequence[Entry]) -> None:
         """What the answers depend on, before there are any."""
@@ -197,8 +228,3 @@ class Questions:
 
 def _right(answer: Answer) -> bool:
     return answer.correct and answer.error is None
-
-
-def pictures(samples: Sequence[Sample]) -> int:
-    """Different pictures that questions are about."""
-    return len({name for sample in samples for name in sample.images})

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
+from vtok.errors import VtokError
 from vtok_eval.tune.estimate import Scores
 from vtok_eval.tune.target import Target
 
@@ -176,7 +178,7 @@ class Search:
                 name: Bracket(-1, tops[name] + 1, start=min(places[name], tops[name]) if rung else None)
                 for name in alive
             }
-            self._bisect(brackets, lambda trials, r=rung, s=sure: self._pass(trials, r, s))
+            self._bisect(brackets, partial(self._pass, rung, sure))
             places.update({name: bracket.high for name, bracket in brackets.items()})
             passing = {name: places[name] for name in alive if places[name] <= tops[name]}
             if passing:
@@ -211,7 +213,9 @@ class Search:
 
     def _affordable(self) -> dict[str, int]:
         """The last place of every grid that costs no more than it may; -1 where none does."""
-        brackets = {name: Bracket(-1, len(grid)) for name, grid in self.grids.items()}
+        # budgets beyond a limit on tokens are mostly left out before, so that the largest is likely the one
+        near = any(goal.name == "tokens" for goal in self.target.costs)
+        brackets = {name: Bracket(-1, len(grid), len(grid) - 1 if near else None) for name, grid in self.grids.items()}
 
         def too_dear(trials: Sequence[Trial]) -> dict[Trial, bool]:
             self.priced(trials)
@@ -228,12 +232,11 @@ class Search:
     ) -> None:
         """All variants in step, so that what they share is done once."""
         while True:
-            spots = {name: bracket.next() for name, bracket in brackets.items()}
             bound = self._bound(brackets) if prune else math.inf
             spots = {
                 name: spot
-                for name, spot in spots.items()
-                if spot is not None and (brackets[name].low < 0 or self.grids[name][brackets[name].low] < bound)
+                for name, bracket in brackets.items()
+                if (spot := bracket.next()) is not None and (bracket.low < 0 or self.grids[name][bracket.low] < bound)
             }
             if not spots:
                 return
@@ -246,7 +249,7 @@ class Search:
         suffices = [self.grids[name][bracket.high] for name, bracket in brackets.items() if bracket.passed]
         return SLACK * min(suffices, default=math.inf)
 
-    def _pass(self, trials: Sequence[Trial], rung: int, sure: float) -> dict[Trial, bool]:
+    def _pass(self, rung: int, sure: float, trials: Sequence[Trial]) -> dict[Trial, bool]:
         found = self.scored(trials, rung)
         return {trial: found[trial].probability(self.target.qualities) >= sure for trial in trials}
 
@@ -261,6 +264,11 @@ class Search:
         """Answers, asked where they are not known."""
         new = [trial for trial in trials if (trial, rung) not in self._scores]
         for trial, scores in (self.evaluator.scores(new, rung) if new else {}).items():
+            if not scores.plain_accuracy and any(goal.name == "retention" for goal in self.target.goals):
+                raise VtokError(
+                    f"the plain model gets none of {scores.n} questions right, so there is nothing to retain; check "
+                    "the model and the tasks, or aim at speedup, tokens or macs"
+                )
             self._scores[trial, rung] = scores
             self.history.append(
                 {

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vtok.bench.contest import Contender, Row, timed_round
 from vtok.bench.measure import machine
 from vtok.progress import progress as progress_bar
@@ -82,12 +84,27 @@ class Watch:
                 except Exception:  # reported with the answers
                     advance((self.repeats + 1) * len(contenders))
                     continue
-                rounds: dict[str, list[float]] = {entry.id: [] for entry in entries}
-                for turn in range(-1, self.repeats):  # the first is to warm up
-                    times = timed_round(model, adapter, inputs, contenders, turn, 1, self.clock, advance)
+                ready = [own for own in contenders if self._warm(own, inputs)]
+                advance(len(contenders))
+                if not ready or ready[0] is not contenders[0]:
+                    continue
+                rounds: dict[str, list[float]] = {own.row.name: [] for own in ready[1:]}
+                for turn in range(self.repeats):
+                    times = timed_round(model, adapter, inputs, ready, turn, 1, self.clock, advance)
                     prefill = {row.name: own["prefill"] for row, own in times}
-                    for entry in entries if turn >= 0 else ():
-                        rounds[entry.id].append(round(prefill[PLAIN] / prefill[entry.id], 4))
-                for name, own in rounds.items():
-                    found[name].append(own)
+                    for name, ratios in rounds.items():
+                        ratios.append(round(prefill[PLAIN] / prefill[name], 4))
+                for name, ratios in rounds.items():
+                    found[name].append(ratios)
         return found
+
+    def _warm(self, contender: Contender, inputs: dict[str, Any]) -> bool:
+        """One untimed round, and whether it can serve this question: what cannot is reported with the answers."""
+        model, adapter = self.answers.model, self.answers.adapter
+        try:
+            timed_round(model, adapter, inputs, [contender], 0, 1, self.clock, lambda steps: None)
+        except torch.AcceleratorError:  # nothing works any more after one
+            raise
+        except Exception:
+            return False
+        return True
