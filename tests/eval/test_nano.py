@@ -24,7 +24,7 @@ from vtok_eval.train.data import Batch, Scenes, Turn
 from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, covered, labels
 from vtok_eval.train.language import Talk
 from vtok_eval.train.loop import Stage, train
-from vtok_eval.train.nano import RECIPES, save
+from vtok_eval.train.nano import RECIPES, idle_layers, save, some_layers
 from vtok_eval.train.tower import Tower, matmul_patches
 
 PICTURES = [Image.effect_noise(size, 90).convert("RGB") for size in ((448, 336), (336, 336))]
@@ -162,6 +162,50 @@ def test_crowds_are_full_and_apart() -> None:
     for number, one in enumerate(boxes):
         for other in boxes[:number]:
             assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def test_idle_layers_join_without_a_change() -> None:
+    """What four of twelve layers compute is what all twelve compute at first, and not once the others say something."""
+    model, _ = nano.blank("nano-llava", scenes.words())
+    language = model.model.language_model
+    inputs = torch.randn(1, 5, 160, generator=torch.Generator().manual_seed(0))
+    idle_layers(language, 4)
+    with some_layers(language, 4):
+        assert len(language.layers) == language.config.num_hidden_layers == 4
+        few = language(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    assert len(language.layers) == language.config.num_hidden_layers == 12
+    torch.testing.assert_close(language(inputs_embeds=inputs, use_cache=False).last_hidden_state, few)
+    language.layers[0].mlp.down_proj.weight.data.fill_(0.1)
+    assert not torch.allclose(language(inputs_embeds=inputs, use_cache=False).last_hidden_state, few)
+
+
+def test_the_fold_changes_nothing() -> None:
+    model, processor = nano.blank("nano-llava", scenes.words())
+    talk = Talk("nano-llava", model, processor)
+    batch = Scenes("nano-llava", processor, 1, 1, "fold")[0]
+    talk.measure(batch)
+    assert not torch.equal(talk.spread, torch.ones_like(talk.spread))
+    before = talk.features(batch.images)[0]
+    talk.fold()
+    assert torch.equal(talk.spread, torch.ones_like(talk.spread))
+    torch.testing.assert_close(talk.features(batch.images)[0], before, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", nano.NANO)
+def test_symbols_stand_where_pictures_stood(name: str) -> None:
+    model, processor = nano.blank(name, scenes.words())
+    batch = Scenes(name, processor, 2, 1, "symbols", 20, crowds=0.5, lists=1.0)[0]
+    talk = Talk(name, model, processor, pool=2)
+    words = talk.words(batch.labels, torch.device("cpu"))
+    assert [len(own) for own in words] == [maps.thing.numel() for maps in batch.labels]
+    table = model.get_input_embeddings().weight
+    cell = int(batch.labels[0].thing.flatten().argmax())
+    name_of = THINGS[int(batch.labels[0].thing.flatten()[cell])]
+    own = table[processor.tokenizer(name_of, add_special_tokens=False).input_ids].mean(0)
+    assert F.cosine_similarity(words[0][cell], own, 0) > 0.3
+    talk.symbols = True
+    loss, right = talk.step(batch)
+    assert loss.isfinite() and "list" in right
 
 
 @pytest.mark.grad

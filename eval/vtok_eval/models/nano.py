@@ -119,8 +119,8 @@ def config(name: str, text: PreTrainedTokenizerFast) -> Any:
         "tie_word_embeddings": True,
     }
     if name == "nano-llava":
-        # a question and what it asks about are hundreds of positions apart. With heads of 32 channels and the usual base
-        # of 1e4 all but 4 of 16 pairs turn through on the way, and nothing finds what is alike
+        # a question and what it asks about are hundreds of positions apart. With heads of 32 channels and the usual
+        # base of 1e4 all but 4 of 16 pairs turn through on the way, and nothing finds what is alike
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e7}
         tower = {
             "model_type": "clip_vision_model",
@@ -163,7 +163,7 @@ def config(name: str, text: PreTrainedTokenizerFast) -> Any:
     # the merger alone has 2.6 M parameters: the language model is thinner than nano-llava's
     language |= {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 4}
     vision["out_hidden_size"] = 128
-    # rows and columns count to 17 only, and the columns' pairs are the slowest: at the usual base they would stand still
+    # rows and columns count to 17 only, and the columns' pairs are the slowest: at the usual base they stand still
     rope = {"rope_type": "default", "rope_theta": 1e2, "mrope_section": [4, 6, 6]}
     start, end, image, video = (ids(piece) for piece in QWEN)
     return library.Qwen2_5_VLConfig(
