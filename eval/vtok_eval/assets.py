@@ -14,8 +14,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -313,14 +314,15 @@ def smollm2(folder: str | Path | None = None, dtype: torch.dtype = torch.float32
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's own bars and notices."""
+    """Without the library's own bars and notices; errors are raised, not printed."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(StringIO()):  # the bar of dequantisation heeds neither
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

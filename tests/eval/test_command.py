@@ -70,7 +70,7 @@ def test_table_and_json(folders: dict[str, Path], tmp_path: Path, family: str) -
     for part in ("7 questions of 2 tasks", "plain", "blank", "random", "flowcut", "accuracy", "retained", "wrote"):
         assert part in words
     results = json.loads((tmp_path / store.RESULTS).read_text())
-    assert results["command"].startswith("vtok eval ")
+    assert results["command"].startswith("vtok eval")
     assert [task["name"] for task in results["tasks"]] == ["colour", "exists"]
     again = call(*arguments(folders, family, tmp_path, "--blank", "--json"))
     assert again.exit_code == 0, again.output

@@ -232,7 +232,9 @@ class Student:
 
     def scenes(self, name: str, size: int, steps: int) -> Scenes:
         """The stream of a stage."""
-        mix = {"crowds": 0.8} if name == "tower" else {"pairs": 0.1, "lists": 0.0 if name == "check" else 0.3}
+        mix: dict[str, Any] = (
+            {"crowds": 0.8} if name == "tower" else {"pairs": 0.1, "lists": 0.0 if name == "check" else 0.3}
+        )
         seed = f"small-llava/{self.seed}/{name}"
         return Asked("nano-llava", self.processor, size, steps, seed, questions=8, **mix)
 
@@ -318,6 +320,7 @@ def train(
         if count:
             size = own["size"] * (GPU if device.startswith("cuda") else 1)
             data = student.scenes(name, size, count)
+            torch.compiler.reset()  # both models' layers share eight compiled variants; each stage needs others
             run_stage(student.parts, student.stage(name, count), data, folder, workers=workers, resume=resume)
     target = folder / "model" / small.DELTA
     target.parent.mkdir(parents=True, exist_ok=True)
