@@ -283,6 +283,7 @@ def test_training_run_writes_a_delta_that_assembles(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(small, "base", base)
     folder = small.assemble(tmp_path / "model-folder", delta=target)
     assert (folder / "model.safetensors").is_file()
+    assert small.assemble(folder) == folder  # needs no delta any more
     # a second run finds every stage done and writes the same delta
     again = load_file(recipe.train(tmp_path, steps={"tower": 2, "pooled": 1, "whole": 1}, base=base()))
     assert all(torch.equal(change[name], value) for name, value in again.items())

