@@ -18,7 +18,7 @@ from vtok.bench.ceiling import at_input, same_cuts, watched
 from vtok.bench.measure import PeakMemory, prefill_peak, timed_generate
 from vtok.bench.table import show
 from vtok.cli import app
-from vtok.engine.session import shape_of
+from vtok.engine.plan import shape_of
 
 from .conftest import PAIRS, anatomy, settings
 from .models import SCENARIOS, inputs

@@ -13,7 +13,8 @@ from torch import nn
 
 from vtok import report as reports
 from vtok.budget import check_keep
-from vtok.engine.session import Session, parse_keep, shape_of
+from vtok.engine.plan import parse_keep, shape_of
+from vtok.engine.session import Session
 from vtok.errors import VtokError
 from vtok.method import Method, registry, resolve
 from vtok.protocol import Adapter

@@ -127,8 +127,8 @@ def overlay(
 
     Parameters
     ----------
-    image : PIL.Image or sequence of PIL.Image
-        The picture, or the frames of a video.
+    image
+        As for ``show``.
     parts : sequence of Part
         The rectangles that the indices count through.
     kept : iterable of int
@@ -136,14 +136,14 @@ def overlay(
     groups : sequence of sequences of int, optional
         For every kept token, ascending, the tokens that were merged into it.
     fit : str
-        ``"crop"``, ``"pad"`` or ``"stretch"``.
+        As for ``show``, but for ``"auto"``.
     longest : int, optional
         Longer side of a rectangle in pixels, about: cells are whole pixels, six at least.
 
     Returns
     -------
     PIL.Image
-        A new RGB picture.
+        As ``show`` gives it.
 
     Raises
     ------

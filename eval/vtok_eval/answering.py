@@ -11,12 +11,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-import vtok
-from vtok.api import SESSION, adapter_of
-from vtok.bench.measure import clock, prefill_peak
+from vtok.api import adapter_of
+from vtok.bench.measure import FirstLogits, clock, prefill_peak
 from vtok.errors import VtokError
 from vtok.photo import opened
-from vtok_eval.harness.counts import Seen, of_plain, of_report
+from vtok_eval.harness.counts import Seen, of_last
 from vtok_eval.harness.prompts import Prompts, takes_instruction
 from vtok_eval.samples import INSTRUCTION
 
@@ -103,12 +102,7 @@ class Answerer:
         """
         images: list[Image.Image] = []
         turns = [{"role": turn["role"], "content": self._parts(turn["content"], images)} for turn in messages]
-        processor = self.prompts.processor
-        if processor.chat_template:
-            return Prompt(processor.apply_chat_template(turns, add_generation_prompt=True), tuple(images))
-        parts = [part for turn in turns for part in turn["content"]]
-        text = "\n".join(processor.image_token if part["type"] == "image" else part["text"] for part in parts)
-        return Prompt(text, tuple(images))
+        return Prompt(self.prompts.rendered(turns), tuple(images))
 
     def _parts(self, content: Any, images: list[Image.Image]) -> list[dict[str, str]]:
         parts: list[dict[str, str]] = []
@@ -154,18 +148,18 @@ class Answerer:
         inputs = self._inputs(prompts)
         if self.memory and self.peak_mb is None and prompts[0].images:  # also warms up what is timed below
             self.peak_mb = prefill_peak(self.model, inputs) / 2**20
-        mark = _Mark(self.model.device)
+        mark = FirstLogits(self.model.device)
         start = clock(self.model.device)
         tokens = self._generate(inputs, [mark], max_new_tokens, sampling)
-        assert mark.first is not None
+        assert mark.seconds is not None
         self.seconds += clock(self.model.device) - start
         lengths = self._lengths(tokens)
         self.new_tokens += sum(lengths)
-        seen = self._seen(inputs, prompts)
+        seen = of_last(self.model, self.adapter, inputs, [len(prompt.images) for prompt in prompts])
         visual = (inputs["input_ids"] == self.adapter.placeholder("image")).sum(1)
         words = (inputs["attention_mask"].sum(1) - visual).tolist()
         texts = [_cut(text, until) for text in self.prompts.answers(tokens)]
-        each = 1000 * (mark.first - start) / len(prompts)
+        each = 1000 * (mark.seconds - start) / len(prompts)
         return [Answer(*row, each) for row in zip(texts, lengths, words, seen, strict=True)]
 
     @torch.no_grad()
@@ -232,12 +226,6 @@ class Answerer:
         rows = tokens.tolist()
         return [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
 
-    def _seen(self, inputs: Any, prompts: Sequence[Prompt]) -> list[Seen]:
-        if SESSION not in self.model.__dict__:
-            return of_plain(self.adapter, inputs, [len(prompt.images) for prompt in prompts])
-        text: Any = self.adapter.text
-        return of_report(vtok.report(self.model), text.config, len(text.layers))
-
 
 def picture(given: Any) -> Image.Image:
     """A PIL image in RGB, from one or from a path.
@@ -259,19 +247,6 @@ def _cut(text: str, until: Sequence[str]) -> str:
         if stop:
             text = text.split(stop)[0]
     return text.strip()
-
-
-class _Mark(LogitsProcessor):
-    """Notes when the first logits are there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.first: float | None = None
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if self.first is None:
-            self.first = clock(self.device)
-        return scores
 
 
 class _Forced(LogitsProcessor):

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ import torch
 import vtok
 from vtok.errors import VtokError
 from vtok.geometry import geometries
-from vtok.io import CONFIG, load, plain
+from vtok.io import CONFIG, load
 from vtok.method import Method, get, registry
 from vtok_eval import models
 from vtok_eval.harness import loading
+from vtok_eval.harness.ranks import Ranks
 
 OPTION = "option_"
 
@@ -143,11 +143,11 @@ class Arguments:
             Nothing of that name, settings that do not fit the model, or no processor beside it.
         """
         chain, _ = self.chain(), self._dtype()  # a wrong name need not wait for the weights
-        place = torch.device(device or self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or loading.place(self.device, Ranks()))
         if self.pretrained in geometries():
             model, processor = loading.load(self.pretrained, self._dtype(), place)
         else:
-            processor = self._processor()  # a second, where the weights take minutes
+            processor = loading.processor(self.pretrained)  # a second, where the weights take minutes
             model = self._model()
         if self.device_map is None:
             model = model.to(place)
@@ -156,45 +156,15 @@ class Arguments:
             vtok.compress(model, methods, keep=self.keep, preset=self.preset, positions=self.positions)
         return model.eval(), processor
 
-    def _place(self) -> Path | None:
-        """The folder of a local or embedded model, ``None`` for one of the hub."""
-        if Path(self.pretrained).is_dir():
-            return Path(self.pretrained)
-        if self.pretrained in models.MODELS:
-            return models.folder(self.pretrained)
-        if "/" in self.pretrained:
-            return None
-        raise VtokError(
-            f"{self.pretrained!r} is no folder, no embedded model ({', '.join(models.MODELS)}), no geometry "
-            f"({', '.join(geometries())}) and no hub id, which has the form owner/name"
-        )
-
     def _model(self) -> Any:
         kw: dict[str, Any] = {"dtype": self._dtype()}
         for name in ("device_map", "attn_implementation"):
             if getattr(self, name) is not None:
                 kw[name] = getattr(self, name)
-        place = self._place()
-        if place is not None:
-            return load(place, **kw) if self.method is None and (place / CONFIG).is_file() else plain(place, **kw)
-        import transformers
-
-        try:
-            return transformers.AutoModelForImageTextToText.from_pretrained(self.pretrained, **kw)
-        except (OSError, ValueError, KeyError) as error:
-            raise VtokError(f"transformers cannot load {self.pretrained}: {_first_line(error)}") from error
-
-    def _processor(self) -> Any:
-        import transformers
-
-        try:
-            made: Any = transformers.AutoProcessor.from_pretrained(self._place() or self.pretrained)
-        except (OSError, ValueError, KeyError) as error:
-            raise VtokError(
-                f"transformers cannot load the processor of {self.pretrained}: {_first_line(error)}; a folder "
-                "needs it beside the model: processor.save_pretrained"
-            ) from error
-        return made
+        folder = loading.folder_of(self.pretrained)
+        if self.method is None and folder is not None and (folder / CONFIG).is_file():
+            return load(folder, **kw)
+        return loading.model_of(self.pretrained, **kw)
 
     def _dtype(self) -> Any:
         if self.dtype == "auto" and (self.pretrained in models.MODELS or self.pretrained in geometries()):
@@ -221,7 +191,3 @@ def _value(given: Any) -> Any:
     if isinstance(given, float) and given < 0 and given.is_integer():
         return int(given)
     return tuple(given) if isinstance(given, list) else given
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

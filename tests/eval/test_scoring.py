@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtok_eval.samples import Sample
-from vtok_eval.tasks import correct, normalise, yes_no_f1
+from vtok_eval.tasks import normalise, right, yes_no_f1
 
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -72,7 +72,7 @@ def sample(answer, *accepted):
 
 
 @pytest.mark.parametrize(
-    ("answer", "truth", "right"),
+    ("answer", "truth", "expected"),
     [
         ("Dog.", sample("dog"), True),
         ("the dog", sample("dog"), True),
@@ -91,8 +91,8 @@ def sample(answer, *accepted):
         ("A", sample("B"), False),
     ],
 )
-def test_correct(answer, truth, right):
-    assert correct(answer, truth) is right
+def test_right(answer, truth, expected):
+    assert right(answer, truth) is expected
 
 
 def test_f1():

@@ -20,7 +20,8 @@ from vtok.api import adapter_of, compressed, report
 from vtok.bench import ceiling
 from vtok.bench.measure import prefill_peak, timed_generate
 from vtok.budget import check_keep, smallest, solve
-from vtok.engine.session import Session, shape_of
+from vtok.engine.plan import shape_of
+from vtok.engine.session import Session
 from vtok.errors import VtokError
 from vtok.method import Method, resolve
 from vtok.progress import progress as progress_bar

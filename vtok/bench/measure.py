@@ -80,16 +80,22 @@ def prefill_peak(model: Any, inputs: Mapping[str, Any]) -> int:
     return memory.peak
 
 
-class _Mark(LogitsProcessor):
-    """Notes when the first logits are there: the one synchronisation, between prefill and decoding."""
+class FirstLogits(LogitsProcessor):
+    """Notes when the first logits are there: the one synchronisation, between prefill and decoding.
 
-    def __init__(self, device: torch.device, kind: str) -> None:
+    Attributes
+    ----------
+    seconds : float or None
+        By ``clock``, once they are.
+    """
+
+    def __init__(self, device: torch.device, kind: str = "wall") -> None:
         self.device, self.kind = device, kind
-        self.first: float | None = None
+        self.seconds: float | None = None
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if self.first is None:
-            self.first = clock(self.device, self.kind)
+        if self.seconds is None:
+            self.seconds = clock(self.device, self.kind)
         return scores
 
 
@@ -113,7 +119,7 @@ def timed_generate(
         with more than one new token ``decode`` (each further token).
     """
     device = model.device
-    mark = _Mark(device, kind)
+    mark = FirstLogits(device, kind)
     with _timed_encode(adapter, kind) as encode:
         start = clock(device, kind)
         model.generate(
@@ -126,10 +132,10 @@ def timed_generate(
             logits_processor=LogitsProcessorList([mark]),
         )
         end = clock(device, kind)
-    assert mark.first is not None
-    found = {"encode": 1000 * encode(), "prefill": 1000 * (mark.first - start)}
+    assert mark.seconds is not None
+    found = {"encode": 1000 * encode(), "prefill": 1000 * (mark.seconds - start)}
     if new_tokens > 1:
-        found["decode"] = 1000 * (end - mark.first) / (new_tokens - 1)
+        found["decode"] = 1000 * (end - mark.seconds) / (new_tokens - 1)
     return found
 
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vtok.api import report
 from vtok.protocol import Adapter
-from vtok_eval.harness import counts
 from vtok_eval.harness.cells import Entry
-from vtok_eval.harness.counts import Seen
+from vtok_eval.harness.counts import Seen, of_last
 from vtok_eval.harness.features import Features
 from vtok_eval.harness.prompts import Prompts
 
@@ -77,10 +75,6 @@ class Answers:
         """
         with self.features.on(entry, pictures):
             out = self.model.generate(**inputs, generation_config=self.config)
-            if entry.chain:
-                text = self.adapter.text
-                seen = counts.of_report(report(self.model), text.config, len(text.layers))
-            else:
-                seen = counts.of_plain(self.adapter, inputs, images)
+            seen = of_last(self.model, self.adapter, inputs, images)
         texts = self.prompts.answers(out[:, inputs["input_ids"].shape[1] :])
         return list(zip(texts, seen, strict=True))

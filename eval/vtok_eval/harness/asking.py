@@ -114,6 +114,8 @@ class Asking:
                 f"{entry.id} made the {self.answers.model.device.type} fail ({sentence(error)}); what is written so "
                 "far is kept, and the same command goes on from there"
             ) from error
+        # methods, adapters and processors may be anybody's; whatever one sample makes them raise is written into its
+        # line, and the others of a run of hours are still asked
         except Exception as error:
             if len(batch.samples) == 1:
                 yield self._line(entry, batch.task, batch.samples[0], batch.texts[0], error=sentence(error))

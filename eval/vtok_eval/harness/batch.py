@@ -52,6 +52,7 @@ class Batch:
         for sample in samples:
             try:
                 pictures = [task.picture(name) for name in sample.images]
+            # a task may bring any function that opens pictures; one that does not open must not end a run of hours
             except Exception as error:
                 made.broken.append((sample, sentence(error)))
                 continue
@@ -77,6 +78,16 @@ class Batch:
         """One batch for each of ``samples``."""
         parts = zip(self.samples, self.texts, self.pictures, strict=True)
         return [Batch(self.answers, self.task, [one], [text], [own]) for one, text, own in parts]
+
+
+def inputs_of(answers: Answers, task: Task, sample: Sample) -> dict[str, Any] | None:
+    """Model inputs of one sample; ``None`` where its pictures do not open or the processor does not take them."""
+    try:
+        pictures = [task.picture(name) for name in sample.images]
+        return dict(answers.inputs([answers.prompts.text(task, sample)], [pictures]))
+    # whatever it is, it is reported with the sample's answers, and the others are timed all the same
+    except Exception:
+        return None
 
 
 def grey(picture: Image.Image) -> Image.Image:

@@ -13,9 +13,9 @@ from torch import nn
 from vtok.api import adapter_of, compressed
 from vtok.bench.contest import reachable, title
 from vtok.budget import check_keep
-from vtok.engine.session import shape_of, stages_of
+from vtok.engine.plan import shape_of, stages_of
 from vtok.errors import VtokError
-from vtok.method import Method, resolve
+from vtok.method import Method, registry, resolve
 
 PLAIN, BLANK = "plain", "blank"
 FIRST_STAGE = "divprune"
@@ -162,6 +162,11 @@ def resolved(methods: Sequence[Asked], options: Mapping[str, Any]) -> dict[str, 
         if name not in present:
             raise VtokError(f"there are options for {name!r}, which is not among the methods; add it to them")
     return chains
+
+
+def drawing(name: str, seed: int) -> dict[str, int]:
+    """The option ``seed`` of a method that draws; nothing for one that does not, and for seed 0."""
+    return {"seed": seed} if seed and "seed" in getattr(registry().get(name), "__dataclass_fields__", {}) else {}
 
 
 def _options(part: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vtok.api import SESSION, report
 from vtok.protocol import Adapter
 from vtok.report import Report, macs
 from vtok_eval.harness import bits
@@ -37,6 +38,13 @@ class Seen:
         """Visual tokens per image, averaged over the decoder layers."""
         depth = sum(run[0] for run in self.layers)
         return sum(count * tokens for count, tokens in self.layers) / depth if depth else 0.0
+
+
+def of_last(model: Any, adapter: Adapter, inputs: Mapping[str, Any], images: Sequence[int]) -> list[Seen]:
+    """Every sample of the batch that ran last, compressed or not; ``images`` counts those of each sample."""
+    if SESSION not in model.__dict__:
+        return of_plain(adapter, inputs, images)
+    return of_report(report(model), adapter.text.config, len(adapter.text.layers))
 
 
 def of_report(found: Report, config: Any, depth: int) -> list[Seen]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from vtok.api import SESSION
-from vtok.engine.session import STATE
+from vtok.engine.language import STATE
 from vtok.engine.spans import Encoding
 from vtok.engine.towers import Wrapped
 from vtok.protocol import Adapter
@@ -98,8 +98,8 @@ class Features:
             encoding = Encoding("image", [medium for own in found for medium in own.media])
             setattr(output, STATE, encoding)
             session = self.model.__dict__[SESSION]
-            if session.call is not None:  # not from generate, which hands the output on
-                session.call.encodings["image"] = encoding
+            if session.language.call is not None:  # not from generate, which hands the output on
+                session.language.call.encodings["image"] = encoding
         return output
 
     def _recalled(self, key: Hashable, original: Any, part: Mapping[str, Any]) -> _Kept:

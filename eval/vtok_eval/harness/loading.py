@@ -8,9 +8,13 @@ from typing import Any
 import torch
 
 from vtok.errors import VtokError
+from vtok.geometry import geometries, geometry
+from vtok_eval import models
 from vtok_eval.harness.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAILURES = (OSError, ValueError, TypeError, KeyError)
+"""What ``from_pretrained`` raises where files are missing, damaged, or of something else."""
 
 
 def place(device: str | None, ranks: Ranks) -> torch.device:
@@ -44,49 +48,79 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]
     VtokError
         Nothing of that name, or nothing that transformers can load.
     """
-    from vtok.geometry import geometries, geometry
-    from vtok_eval import models
-
-    if Path(name).is_dir():
-        return _from_folder(name, dtype, device)
-    if name in models.MODELS:
-        return models.load(name, dtype=dtype, device=device)
-    if name in geometries():
+    if name in geometries() and not Path(name).is_dir():
         from vtok_eval.harness.letters import processor_of
 
         model = geometry(name, dtype, device)
         return model, processor_of(model)
-    if "/" not in name:
-        raise VtokError(
-            f"{name!r} is no folder, no embedded model ({', '.join(models.MODELS)}), no geometry "
-            f"({', '.join(geometries())}) and no hub id, which has the form owner/name"
-        )
-    return _from_hub(name, dtype, device)
+    return model_of(name, dtype=dtype).to(device), processor(name)
 
 
-def _from_folder(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def folder_of(name: str) -> Path | None:
+    """The folder of a local or embedded model; ``None`` for one of the hub.
+
+    Raises
+    ------
+    VtokError
+        Nothing of that name.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name in models.MODELS:
+        return models.folder(name)
+    if "/" in name:
+        return None
+    raise VtokError(
+        f"{name!r} is no folder, no embedded model ({', '.join(models.MODELS)}), no geometry "
+        f"({', '.join(geometries())}) and no hub id, which has the form owner/name"
+    )
+
+
+def model_of(name: str, **kw: Any) -> Any:
+    """A plain model in eval mode, where ``from_pretrained`` puts it.
+
+    Parameters
+    ----------
+    name : str
+        A folder, an embedded model or a hub id.
+    **kw
+        To ``from_pretrained``.
+
+    Raises
+    ------
+    VtokError
+        Nothing of that name, or nothing that transformers can load.
+    """
+    import transformers
+
     from vtok.io import plain
 
-    return plain(name, dtype=dtype).to(device), _processor(name)
-
-
-def _from_hub(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    import transformers
-
+    folder = folder_of(name)
+    if folder is not None:
+        return plain(folder, **kw)
     try:
-        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return transformers.AutoModelForImageTextToText.from_pretrained(name, **kw).eval()
+    except FAILURES as error:
         raise VtokError(f"transformers cannot load {name}: {_first_line(error)}") from error
-    return model.to(device).eval(), _processor(name)
 
 
-def _processor(name: str) -> Any:
+def processor(name: str) -> Any:
+    """The processor beside a model.
+
+    Raises
+    ------
+    VtokError
+        Nothing of that name, or nothing with a tokenizer that transformers can load.
+    """
     import transformers
 
     try:
-        found: Any = transformers.AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise VtokError(f"transformers cannot load the processor of {name}: {_first_line(error)}") from error
+        found: Any = transformers.AutoProcessor.from_pretrained(folder_of(name) or name)
+    except FAILURES as error:
+        raise VtokError(
+            f"transformers cannot load the processor of {name}: {_first_line(error)}; a folder needs it beside the "
+            "model: processor.save_pretrained"
+        ) from error
     if not hasattr(found, "tokenizer"):
         raise VtokError(f"{name} holds no processor with a tokenizer; save the model's own with save_pretrained")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -44,12 +44,21 @@ class Prompts:
         question = sample.question
         if self.instruction and task.instruction:
             question = f"{question}\n{task.instruction}"
+        content = [{"type": "image"}] * len(sample.images) + [{"type": "text", "text": question}]
+        return self.rendered([{"role": "user", "content": content}])
+
+    def rendered(self, turns: Sequence[Mapping[str, Any]]) -> str:
+        """Turns of a chat by the processor's template; without one, placeholders and texts line by line.
+
+        Parameters
+        ----------
+        turns : sequence of mappings
+            ``{"role": "user", "content": [...]}`` with ``{"type": "image"}`` and ``{"type": "text", "text": ...}``.
+        """
         if self.processor.chat_template:
-            content = [{"type": "image"}] * len(sample.images) + [{"type": "text", "text": question}]
-            return self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-        return f"{self.processor.image_token}\n" * len(sample.images) + question
+            return self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        parts = [part for turn in turns for part in turn["content"]]
+        return "\n".join(self.processor.image_token if part["type"] == "image" else part["text"] for part in parts)
 
     def inputs(self, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Any:
         """Left-padded inputs of a batch.

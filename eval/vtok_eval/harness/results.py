@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections import Counter
 from typing import Any
 
+import vtok
+from vtok.bench.measure import machine
 from vtok.protocol import Adapter
 from vtok_eval.harness.cells import Entry
 from vtok_eval.harness.score import Table
 from vtok_eval.harness.timing import Times
 from vtok_eval.samples import Task
+
+
+def heading(schema: int, command: str, model: Any, adapter: Adapter, name: str) -> dict[str, Any]:
+    """What every file of results begins with."""
+    return {
+        "schema": schema,
+        "vtok": vtok.__version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "model": described_model(model, adapter, name),
+        "machine": machine(model.device),
+    }
 
 
 def described_model(model: Any, adapter: Adapter, name: str) -> dict[str, Any]:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import vtok
-from vtok.api import SESSION, adapter_of
-from vtok.bench.measure import machine
 from vtok.errors import VtokError
-from vtok.method import registry
 from vtok.progress import progress as progress_bar
-from vtok_eval.harness import store, timing
+from vtok_eval.harness import start, store, timing
 from vtok_eval.harness.answers import Answers
 from vtok_eval.harness.asking import Asking, Judge
-from vtok_eval.harness.cells import Asked, line_up
+from vtok_eval.harness.cells import Asked, drawing, line_up
 from vtok_eval.harness.features import CAPACITY, Features
-from vtok_eval.harness.prompts import Prompts, takes_instruction
 from vtok_eval.harness.ranks import Ranks
-from vtok_eval.harness.results import described_model, described_task, finite, row
+from vtok_eval.harness.results import described_task, finite, heading, row
 from vtok_eval.harness.score import Table, collect
 from vtok_eval.harness.settings import settings
 from vtok_eval.harness.sizes import token_sizes
@@ -120,22 +113,21 @@ def evaluate(
     VtokError
         Settings that make no sense, a folder that holds answers made with other settings, or a full disk.
     """
-    _check(model, batch_size, limit, max_new_tokens, time_samples, repeats, clock, tasks)
+    start.check(model, batch_size, limit, max_new_tokens, time_samples, repeats, clock)
+    _check(tasks)
     ranks, out = ranks or Ranks(), Path(out)
-    adapter = adapter_of(model)
-    if adapter.text is None:
-        raise VtokError(f"{type(model).__name__} has no language model; only vision-language models answer questions")
-    prompts = Prompts(processor, takes_instruction(model, name) if instruction is None else instruction)
+    adapter = start.plain_adapter(model)
+    prompts = start.prompts_of(model, processor, name, instruction)
     options = _seeded(methods, options or {}, seed)
     entries = line_up(model, methods, keeps, options, token_sizes(prompts, adapter, tasks), blank)
     features = Features(model, adapter, CAPACITY if share_features else 0)
     answers = Answers(model, adapter, prompts, max_new_tokens, features)
     asked = settings(model, prompts, answers.config, tasks, entries)
-    cut = [replace(task, samples=limited(task.samples, limit)) if limit else task for task in tasks]
+    cut = limited(tasks, limit)
     running = [entry for entry in entries if entry.status != "refused"]
     steps = sum(len(task.samples) for task in cut) * len(running)
     with store.locked(out, ranks.first):
-        _open(out, asked, overwrite, ranks)
+        start.go_on(out, asked, overwrite, ranks)
         shown = progress and ranks.first
         with progress_bar(f"eval {name}".strip(), -(-steps // ranks.world), shown) as advance:
             Asking(answers, running, cut, batch_size, judge or right, out, ranks, advance).run()
@@ -150,13 +142,10 @@ def evaluate(
         if len(found) < len(wanted):
             raise VtokError(f"{len(wanted) - len(found)} answers are missing in {out}; the same command asks for them")
         table = Table(entries, cut, found, seed)
+        head = heading(SCHEMA, command, model, adapter, name)
         results = {
-            "schema": SCHEMA,
-            "vtok": vtok.__version__,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": command,
-            "model": {**described_model(model, adapter, name), "tokens_per_image": table.tokens_per_image()},
-            "machine": machine(model.device),
+            **head,
+            "model": {**head["model"], "tokens_per_image": table.tokens_per_image()},
             "settings": {
                 "batch_size": batch_size,
                 "limit": limit,
@@ -180,30 +169,12 @@ def evaluate(
     return results
 
 
-def _check(
-    model: Any,
-    batch_size: int,
-    limit: int | None,
-    new: int,
-    time_samples: int,
-    repeats: int,
-    clock: str,
-    tasks: Sequence[Task],
-) -> None:
-    for name, value in (("batch_size", batch_size), ("limit", limit), ("max_new_tokens", new), ("repeats", repeats)):
-        if value is not None and value < 1:
-            raise VtokError(f"{name}={value} must be at least 1")
-    if time_samples < 0:
-        raise VtokError(f"time_samples={time_samples} must be at least 0")
-    if clock not in ("wall", "cpu") or (clock == "cpu" and model.device.type != "cpu"):
-        raise VtokError(f'clock={clock!r} is no clock for {model.device}; take "wall", or "cpu" on a CPU')
+def _check(tasks: Sequence[Task]) -> None:
     if not any(task.samples for task in tasks):
         raise VtokError("there is no sample in these tasks, so nothing to ask; name other tasks or another folder")
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise VtokError(f"two tasks have the same name ({', '.join(names)}); rename one")
-    if SESSION in model.__dict__:
-        raise VtokError("this model is compressed already, so there is no plain model to compare with; vtok.restore it")
 
 
 def _seeded(methods: Sequence[Asked], options: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
@@ -212,23 +183,9 @@ def _seeded(methods: Sequence[Asked], options: Mapping[str, Any], seed: int) -> 
         return options
     found = {name: dict(own) for name, own in options.items()}
     for name in {part for asked in methods if isinstance(asked, str) for part in asked.split("+")}:
-        if "seed" in getattr(registry().get(name), "__dataclass_fields__", {}):
-            found[name] = {"seed": seed, **found.get(name, {})}
+        if own := drawing(name, seed):
+            found[name] = {**own, **found.get(name, {})}
     return found
-
-
-def _open(out: Path, asked: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
-    """The folder ready to go on: settings checked, files whole, in agreement between ranks."""
-    if overwrite and ranks.first:
-        store.clear(out)
-    ranks.wait()
-    known = store.check(out, asked)
-    ranks.wait()
-    if ranks.first:
-        store.make_folder(out)
-        store.write_json(out / store.SETTINGS, known)
-        store.gather(out, retry=True)
-    ranks.wait()
 
 
 def _render(out: Path, tasks: Sequence[Task]) -> None:

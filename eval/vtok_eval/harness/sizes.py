@@ -27,7 +27,8 @@ def token_sizes(prompts: Prompts, adapter: Adapter, tasks: Sequence[Task]) -> li
         for name in dict.fromkeys(name for sample in task.samples for name in sample.images):
             try:
                 sizes.add(task.picture(name).size)
-            except Exception:  # reported when its question comes up
+            # a task may bring any function that opens pictures; what it raises is reported when its question comes up
+            except Exception:
                 continue
             if adapter.family in FIXED:
                 return sorted({_tokens(prompts, adapter, size) for size in sizes})

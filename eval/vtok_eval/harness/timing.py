@@ -14,6 +14,7 @@ from vtok.bench.measure import machine, prefill_peak
 from vtok.progress import progress as progress_bar
 from vtok_eval.harness import store
 from vtok_eval.harness.answers import Answers
+from vtok_eval.harness.batch import inputs_of
 from vtok_eval.harness.cells import PLAIN, Entry, originals
 from vtok_eval.harness.counts import of_plain
 from vtok_eval.samples import Sample, Task
@@ -117,19 +118,18 @@ def _timed(
 ) -> dict[str, Any] | None:
     """All rounds of one sample; ``None`` where its pictures do not open."""
     model, adapter = answers.model, answers.adapter
-    try:
-        pictures = [task.picture(name) for name in sample.images]
-        inputs = dict(answers.inputs([answers.prompts.text(task, sample)], [pictures]))
-    except Exception:  # reported with the answers
+    inputs = inputs_of(answers, task, sample)
+    if inputs is None:
         return None
-    sizes = of_plain(adapter, inputs, [len(pictures)])[0].tokens
+    sizes = of_plain(adapter, inputs, [len(sample.images)])[0].tokens
     plain = Contender(Row(PLAIN, "plain", peak_mb=prefill_peak(model, inputs) / 2**20 if memory else 0.0))
     contenders, ceilings = [plain], {}  # type: list[Contender], dict[str, Contender]
     for entry in entries[1:]:
         try:
             row = Row(entry.id, "method", keep=entry.budget)
             contenders.append(enter(row, entry.chain, model, adapter, inputs, sizes, ceilings, memory))
-        except Exception:  # reported with the answers; timed on the other samples
+        # whatever an entry raises here it raises when it is asked, too, where it is reported; other samples time it
+        except Exception:
             continue
     everyone = [*contenders, *ceilings.values()]
     found: dict[str, Any] = {"rounds": []}

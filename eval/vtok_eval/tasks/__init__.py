@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -11,17 +11,20 @@ from vtok.errors import VtokError
 from vtok_eval.samples import Sample, Task
 from vtok_eval.tasks.folder import load_folder
 from vtok_eval.tasks.hub import PREFIX, load_hub
-from vtok_eval.tasks.scoring import correct, normalise, yes_no_f1
+from vtok_eval.tasks.scoring import normalise, right, yes_no_f1
 
-__all__ = ["NAMES", "correct", "limited", "load", "normalise", "right", "yes_no_f1"]
+__all__ = ["NAMES", "limited", "load", "normalise", "right", "yes_no_f1"]
 
 BUNDLED = Path(__file__).parents[1] / "data" / "tasks"
 NAMES: tuple[str, ...] = ("objects", "exists", "count", "colour", "position", "text", "detail", "multi")
 
-right = correct
+
+def limited(tasks: Iterable[Task], limit: int | None) -> list[Task]:
+    """Tasks with at most ``limit`` samples each, or as they are without one."""
+    return [replace(task, samples=_limited(task.samples, limit)) if limit else task for task in tasks]
 
 
-def limited(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
+def _limited(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
     """The first ``limit`` samples or fewer: each group by its share, one of each where there is room."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -66,8 +69,7 @@ def load(
         raise VtokError(f"no task is named: choose from {', '.join(NAMES)}, or all")
     own = {task.name: task for task in load_folder(Path(data))} if data is not None else {}
     expanded = [part for name in asked for part in (((*own,) if own else NAMES) if name == "all" else (name,))]
-    tasks = [_one(name, own) for name in dict.fromkeys(expanded)]
-    return [replace(task, samples=limited(task.samples, limit)) if limit else task for task in tasks]
+    return limited((_one(name, own) for name in dict.fromkeys(expanded)), limit)
 
 
 def _one(name: str, own: dict[str, Task]) -> Task:

@@ -41,8 +41,8 @@ class HubPictures:
         try:
             value = self.rows[int(row)][column]
             value = value[int(place[0])] if place else value
+        # datasets decodes pictures as rows are read, and fails in as many ways as there are formats
         except Exception as error:
-            # datasets decodes pictures as rows are read, and fails in as many ways as there are formats
             raise VtokError(f"picture {name!r} cannot be read: {error}") from None
         if isinstance(value, Image.Image):
             return rgb(value)
@@ -89,8 +89,8 @@ def load_hub(spec: str) -> Task:
 
     try:
         rows = datasets.load_dataset(name, options["config"] or None, split=options["split"])
+    # no network, no such set, no such split, gated: datasets raises many types, and says which it is
     except Exception as error:
-        # no network, no such set, no such split, gated: datasets raises many types, and says which it is
         raise VtokError(f"{spec} cannot be loaded: {error}") from None
     columns = options["image"].split("+")
     needed = [*columns, options["question"], options["answer"], *filter(None, [options["accepted"]])]

@@ -38,7 +38,7 @@ def normalise(text: str) -> str:
     return " ".join([word for word in words if word not in ARTICLES] or words) or text
 
 
-def correct(answer: str, sample: Sample) -> bool:
+def right(answer: str, sample: Sample) -> bool:
     """Whether an answer is the sample's, or one of those it accepts. An empty answer is wrong.
 
     Of an answer to a yes/no question the first word counts, as POPE reads it: ``"Yes, there is."`` says yes.

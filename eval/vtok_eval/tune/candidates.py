@@ -9,8 +9,9 @@ from typing import Any
 from vtok.bench.contest import title
 from vtok.budget import check_keep
 from vtok.errors import VtokError
-from vtok.method import Method, get, registry, resolve
+from vtok.method import Method, get, resolve
 from vtok.view import Shape
+from vtok_eval.harness.cells import drawing
 
 CHAINS = ("divprune+random_deep", "flowcut+random_deep", "visionzip+random_deep", "divprune+fastv")
 """Searched beside the single methods: a first stage that reaches any budget, and a second that cuts late."""
@@ -45,14 +46,9 @@ def chains(names: Sequence[str], options: Mapping[str, Mapping[str, Any]], seed:
             raise VtokError(f"there are options for {name!r}, which is not among the methods; add it to them")
     found = []
     for name in names:
-        parts = [get(part, **{**_drawn(part, seed), **options.get(part, {})}) for part in name.split("+")]
+        parts = [get(part, **{**drawing(part, seed), **options.get(part, {})}) for part in name.split("+")]
         found.append(resolve(parts, {}))
     return found
-
-
-def _drawn(name: str, seed: int) -> dict[str, int]:
-    fields = getattr(registry().get(name), "__dataclass_fields__", {})
-    return {"seed": seed} if seed and "seed" in fields else {}
 
 
 def variants(

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import vtok
-from vtok.api import SESSION, adapter_of, compressed
+from vtok.api import compressed
 from vtok.api import methods as fitting
-from vtok.bench.measure import machine
-from vtok.engine.session import shape_of
+from vtok.engine.plan import shape_of
 from vtok.errors import VtokError
 from vtok.io import CONFIG, read_config, save
-from vtok_eval.harness import stats, store
+from vtok_eval.harness import start, stats, store
 from vtok_eval.harness.answers import Answers
 from vtok_eval.harness.asking import Judge
 from vtok_eval.harness.features import CAPACITY, Features
-from vtok_eval.harness.prompts import Prompts, takes_instruction
-from vtok_eval.harness.results import described_model, described_task, finite
+from vtok_eval.harness.ranks import Ranks
+from vtok_eval.harness.results import described_task, finite, heading
 from vtok_eval.harness.settings import settings
 from vtok_eval.harness.sizes import token_sizes
 from vtok_eval.samples import Task
@@ -71,15 +67,11 @@ def tune(
 
     Parameters
     ----------
-    model : nn.Module
-        A vision-language model, not compressed.
-    processor : ProcessorMixin
-        Of the model.
+    model, processor, tasks
+        As for ``vtok_eval.harness.evaluate``.
     target : str or Target
         ``"retention>=0.98"``, ``"speedup>=2"``, ``"retention>=0.97 and tokens<=64"``. With a condition on answers the
         cheapest configuration is sought, without one the most accurate.
-    tasks : sequence of Task
-        As ``vtok_eval.tasks.load`` gives them.
     out : str or Path
         Folder for ``vtok_config.json``, ``tune.json`` and the answers. A run that was stopped goes on there.
     methods : sequence of str, optional
@@ -90,15 +82,11 @@ def tune(
         Method name -> options that stay as they are.
     vary : bool
         Search layers and published settings of the methods, too.
-    name : str
-        The model's name.
     calibration : float
         Share of the questions to search with; the rest checks the choice.
     confidence : float
         Probability of the target on the calibration questions that the choice needs.
-    limit : int, optional
-        Only so many samples of each task.
-    batch_size, max_new_tokens, instruction, clock, progress, command, judge
+    name, limit, batch_size, max_new_tokens, instruction, clock, overwrite, progress, command, judge
         As for ``vtok_eval.harness.evaluate``.
     seed : int
         Of the split, the bootstrap, and methods that draw.
@@ -106,8 +94,6 @@ def tune(
         Questions on which a configuration is timed, and rounds with each; 0 samples: cost is the MAC ratio.
     best_effort : bool
         Write the best configuration also where it misses the target.
-    overwrite : bool
-        Throw away what ``out`` holds of an earlier run.
 
     Returns
     -------
@@ -120,12 +106,11 @@ def tune(
         A malformed target, settings that make no sense, or a folder that holds answers made with other settings.
     """
     target = parse(target) if isinstance(target, str) else target
-    _check(model, target, confidence, limit, batch_size, max_new_tokens, time_samples, repeats, clock)
+    start.check(model, batch_size, limit, max_new_tokens, time_samples, repeats, clock)
+    _check(target, confidence, time_samples)
     out, options = Path(out), options or {}
-    adapter = adapter_of(model)
-    if adapter.text is None:
-        raise VtokError(f"{type(model).__name__} has no language model; only vision-language models answer questions")
-    cut = [replace(task, samples=limited(task.samples, limit)) if limit else task for task in tasks]
+    adapter = start.plain_adapter(model)
+    cut = limited(tasks, limit)
     first, rest = split.split([split.headline(task) for task in cut], calibration, seed)
     everything = methods is None
     chains = candidates.chains(fitting(adapter.family) if methods is None else methods, options, seed)
@@ -135,7 +120,7 @@ def tune(
     named = (
         candidates.variants(chains, shape, options) if vary else {candidates.title(list(own)): own for own in chains}
     )
-    prompts = Prompts(processor, takes_instruction(model, name) if instruction is None else instruction)
+    prompts = start.prompts_of(model, processor, name, instruction)
     sizes = token_sizes(prompts, adapter, tasks)
     limits = [int(goal.value) for goal in target.costs if goal.name == "tokens" and goal.value >= 1]
     budgets = candidates.within(sorted(set(keeps)) or candidates.grid(sizes, limits), limits)
@@ -144,12 +129,8 @@ def tune(
     with store.locked(out):
         _own_config(out)
         if overwrite:
-            store.clear(out)
             (out / TIMES).unlink(missing_ok=True)
-        known = store.check(out, asked)
-        store.make_folder(out)
-        store.write_json(out / store.SETTINGS, known)
-        store.gather(out, retry=True)
+        start.go_on(out, asked, overwrite, Ranks())
         (out / CONFIG).unlink(missing_ok=True)  # of an earlier run, not to be taken for this one's
         key = store.fingerprint(asked)
         watch = Watch(answers, out, key, time_samples, repeats, clock, progress) if time_samples else None
@@ -161,12 +142,7 @@ def tune(
         entry = questions.entry(outcome.best)
         met = not target.missed(held["values"])
         found = {
-            "schema": SCHEMA,
-            "vtok": vtok.__version__,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": command,
-            "model": described_model(model, adapter, name),
-            "machine": machine(model.device),
+            **heading(SCHEMA, command, model, adapter, name),
             "target": str(target),
             "met": met,
             "sure": met and held["probability"] >= confidence,
@@ -208,30 +184,11 @@ def tune(
     return found
 
 
-def _check(
-    model: Any,
-    target: Target,
-    confidence: float,
-    limit: int | None,
-    batch_size: int,
-    new: int,
-    time_samples: int,
-    repeats: int,
-    clock: str,
-) -> None:
-    for name, value in (("batch_size", batch_size), ("limit", limit), ("max_new_tokens", new), ("repeats", repeats)):
-        if value is not None and value < 1:
-            raise VtokError(f"{name}={value} must be at least 1")
-    if time_samples < 0:
-        raise VtokError(f"time_samples={time_samples} must be at least 0")
+def _check(target: Target, confidence: float, time_samples: int) -> None:
     if not time_samples and target.timed:
         raise VtokError("a target on speedup needs a clock; leave --time-samples above 0, or aim at macs or tokens")
     if not 0.5 <= confidence < 1:
         raise VtokError(f"--confidence {confidence:g} must be at least 0.5 and below 1")
-    if clock not in ("wall", "cpu") or (clock == "cpu" and model.device.type != "cpu"):
-        raise VtokError(f'clock={clock!r} is no clock for {model.device}; take "wall", or "cpu" on a CPU')
-    if SESSION in model.__dict__:
-        raise VtokError("this model is compressed already, so there is no plain model to compare with; vtok.restore it")
 
 
 def _own_config(out: Path) -> None:

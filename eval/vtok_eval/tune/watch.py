@@ -14,6 +14,7 @@ from vtok.bench.measure import machine
 from vtok.progress import progress as progress_bar
 from vtok_eval.harness import store
 from vtok_eval.harness.answers import Answers
+from vtok_eval.harness.batch import inputs_of
 from vtok_eval.harness.cells import PLAIN, Entry
 from vtok_eval.samples import Task
 
@@ -78,10 +79,8 @@ class Watch:
         steps = len(questions) * (self.repeats + 1) * len(contenders)
         with progress_bar(f"timing {len(entries)} configurations", steps, self.progress) as advance:
             for task, sample in questions:
-                try:
-                    pictures = [task.picture(name) for name in sample.images]
-                    inputs = dict(self.answers.inputs([self.answers.prompts.text(task, sample)], [pictures]))
-                except Exception:  # reported with the answers
+                inputs = inputs_of(self.answers, task, sample)
+                if inputs is None:
                     advance((self.repeats + 1) * len(contenders))
                     continue
                 ready = [own for own in contenders if self._warm(own, inputs)]
@@ -105,6 +104,7 @@ class Watch:
             timed_round(model, adapter, inputs, [contender], 0, 1, self.clock, lambda steps: None)
         except torch.AcceleratorError:  # nothing works any more after one
             raise
+        # whatever it raises here it raises when it is asked, too, where it is reported
         except Exception:
             return False
         return True
