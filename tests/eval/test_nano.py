@@ -21,6 +21,7 @@ from vtok_eval.models import nano
 from vtok_eval.scenes.crowd import crowd
 from vtok_eval.scenes.records import Scene, Thing
 from vtok_eval.train.data import Batch, Scenes, Turn
+from vtok_eval.train.hints import Hints
 from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, covered, labels
 from vtok_eval.train.language import Talk
 from vtok_eval.train.loop import Stage, train
@@ -199,13 +200,109 @@ def test_symbols_stand_where_pictures_stood(name: str) -> None:
     words = talk.words(batch.labels, torch.device("cpu"))
     assert [len(own) for own in words] == [maps.thing.numel() for maps in batch.labels]
     table = model.get_input_embeddings().weight
-    cell = int(batch.labels[0].thing.flatten().argmax())
-    name_of = THINGS[int(batch.labels[0].thing.flatten()[cell])]
+    things = batch.labels[0].thing.flatten()
+    cell = int(things.where(things <= len(scenes.CONCEPTS), 0).argmax())
+    name_of = THINGS[int(things[cell])]
     own = table[processor.tokenizer(name_of, add_special_tokens=False).input_ids].mean(0)
     assert F.cosine_similarity(words[0][cell], own, 0) > 0.3
     talk.symbols = True
     loss, right = talk.step(batch)
     assert loss.isfinite() and "list" in right
+
+
+def _seen() -> Scene:
+    things = (
+        Thing("cat", "object", None, (0, 0, 28, 28)),
+        Thing(scenes.SHAPES[0], "shape", "red", (56, 0, 84, 28)),
+        Thing("frame", "frame", "red", (0, 0, 30, 30)),
+        Thing("word", "text", None, (0, 56, 28, 84), "abc", ((0, 56, 10, 84), (10, 56, 14, 84), (14, 56, 28, 84))),
+    )
+    return Scene(Image.new("RGB", (84, 84)), things, "blue", "seen", "mixed")
+
+
+def test_labels_mark_centres_frames_sizes_and_the_order_of_characters() -> None:
+    found = labels(_seen(), 6, 6, (0, 0, 6, 6))
+    assert found.centre.nonzero().tolist() == [[1, 1], [1, 5], [5, 0], [5, 1]]
+    assert found.framed.sum() == 4 and found.framed[:2, :2].all()
+    assert found.small[0, 0] == 0 and found.small[3, 3] == 0
+    # "a" and "b" have their centres in one cell: the first stands there, the second is noted beside it
+    letters = [CHARACTERS[int(own)] for own in found.character[5, :2]]
+    assert letters == ["a", "c"] and CHARACTERS[int(found.next[5, 0])] == "b"
+    assert found.order[5, :2].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("name", nano.NANO)
+def test_sparse_tokens_keep_centres_and_their_places(name: str) -> None:
+    model, processor = nano.blank(name, scenes.words())
+    talk = Talk(name, model, processor)
+    talk.sparse = (0.0, 0.0)
+    maps = labels(_seen(), 6, 6, (0, 0, 6, 6))
+    (kept,) = talk._kept([maps])
+    assert kept.tolist() == [7, 11, 30, 31]
+    few, whole = (talk._row([(6, 6)], [], cells) for cells in ([kept.tolist()], None))
+    places = [
+        [p for i, p in zip(row["ids"], row["positions"], strict=True) if i == model.config.image_token_id]
+        for row in (few, whole)
+    ]
+    assert places[0] == [places[1][index] for index in kept.tolist()]
+    assert few["positions"][-1] == whole["positions"][-1] or name == "nano-llava"
+
+
+def test_hints_are_what_a_question_has_to_find() -> None:
+    processor = nano.processor("nano-llava", scenes.words())
+    hints = Hints(processor.tokenizer, 16)
+    ids = lambda text: processor.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    maps = labels(_seen(), 6, 6, (0, 0, 6, 6))
+
+    def found(task: str, question: str, answer: str, truth: list[Any]) -> list[tuple[int, dict[str, int]]]:
+        return hints.targets(Turn(task, ids(question), ids(answer)), truth)
+
+    place = {"first": 1, "count": 1, "across": 0, "down": 0}
+    assert found("exists", "is there a cat in the picture?", "yes", [maps]) == [(3, place)]
+    shape = {"first": 1, "count": 1, "across": 2, "down": 0, "colour": COLOURS.index("red")}
+    question = f"what colour is the {scenes.SHAPES[0]}?"
+    assert found("colour", question, "red", [maps]) == [(4, shape)]
+    assert found("exists", "can you see a dog?", "no", [maps]) == [(4, {"first": 0, "count": 0})]
+    empty = labels(Scene(Image.new("RGB", (84, 84)), (), "blue", "seen", "mixed"), 6, 6, (0, 0, 6, 6))
+    both = found("multi", "do both pictures have a cat?", "no", [maps, empty])
+    assert both == [(5, {"first": 1, "second": 0})]
+    (where,) = found("objects", "what is on the left?", "cat", [maps])
+    assert where == (len(ids("what is on the left")) - 1, {"thing": THINGS.index("cat")})
+    (read,) = found("text", "read the word.", "abc", [maps])
+    assert read == (2, {"character": CHARACTERS.index("a")})
+
+
+@pytest.mark.grad
+def test_a_hint_reaches_the_first_half_of_the_layers() -> None:
+    model, processor = nano.blank("nano-llava", scenes.words())
+    batch = Scenes("nano-llava", processor, 2, 1, "hints", 6, crowds=1.0, pixels=False)[0]
+    talk = Talk("nano-llava", model, processor)
+    talk.symbols, talk.sparse = True, (0.2, 0.05)
+    plain = talk.step(batch)[0]
+    talk.hints = Hints(processor.tokenizer, model.config.text_config.hidden_size)
+    handle = talk.hints.watch(model.model.language_model.layers[4])
+    torch.manual_seed(0)
+    loss, numbers = talk.step(batch)
+    assert {"hint first", "hint across", "hint count"} <= set(numbers) and loss > plain
+    loss.backward()
+    assert talk.hints.read.weight.grad is not None and talk.hints.read.weight.grad.abs().sum() > 0
+    handle.remove()
+    torch.manual_seed(0)
+    assert "hint first" not in talk.step(batch)[1]
+
+
+def test_scenes_are_reused_and_asked_anew() -> None:
+    processor = nano.processor("nano-qwen", scenes.words())
+    data = Scenes("nano-qwen", processor, 2, 6, "again", pixels=False, reuse=2)
+    first, second, third = (data[number] for number in range(3))
+    assert not first.images and torch.equal(first.labels[0].thing, second.labels[0].thing)
+    assert first.turns != second.turns
+    assert first.grids != third.grids or not torch.equal(first.labels[0].thing, third.labels[0].thing)
+    whole = Scenes("nano-qwen", processor, 2, 6, "again", reuse=2)[0]
+    assert [grid for own in whole.grids for grid in own] == [
+        (rows // 2, columns // 2) for _, rows, columns in whole.images["image_grid_thw"].tolist()
+    ]
+    assert whole.grids == first.grids
 
 
 @pytest.mark.grad

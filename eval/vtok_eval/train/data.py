@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vtok_eval import scenes
 from vtok_eval.scenes.crowd import crowd
@@ -83,7 +84,9 @@ class Scenes(Dataset):
         Share of pictures of which everything is to be named, from left to right: many words to look up for one
         question.
     pixels : bool
-        ``False`` leaves out what only a tower needs, where the grid does not hang on it.
+        ``False`` leaves out what only a tower needs.
+    reuse : int
+        Batches in a row that show the same scenes and ask anew: drawing is a third of a step that runs no tower.
     """
 
     def __init__(
@@ -98,31 +101,32 @@ class Scenes(Dataset):
         crowds: float = 0.0,
         lists: float = 0.0,
         pixels: bool = True,
+        reuse: int = 1,
     ) -> None:
         self.name, self.processor, self.size, self.steps = name, processor, size, steps
         self.seed, self.questions, self.pairs, self.crowds = seed, questions, pairs, crowds
-        self.lists, self.pixels = lists, pixels
+        self.lists, self.pixels, self.reuse = lists, pixels, reuse
         self._tokens: dict[str, list[int]] = {}
+        self._drawn: tuple[int, list[list[Any]]] = (-1, [])
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        rng = random.Random(f"train/{self.seed}/{step}")
-        paired = rng.random() < self.pairs
-        drawn, turns = [], []
-        for _ in range(self.size // 2 if paired else self.size):
-            if paired:
-                own = list(scenes.pair(rng))
+        number = step // self.reuse
+        if self._drawn[0] != number:
+            self._drawn = (number, self._draw(random.Random(f"train/{self.seed}/{number}")))
+        drawn = self._drawn[1]
+        rng = random.Random(f"train/{self.seed}/{step}/questions")
+        turns = []
+        for own in drawn:
+            if len(own) > 1:
                 asked = scenes.pair_questions(own[0], own[1], rng, limit=self.questions)
             else:
-                full = rng.random() < self.crowds
-                own = [crowd(rng) if full else scenes.make(rng.choices(list(KINDS), list(KINDS.values()))[0], rng)]
                 asked = scenes.questions(own[0], rng) + scenes.questions(own[0], rng)  # other words, other negatives
                 asked = asked[: self.questions]
-            drawn.append(own)
             turns.append([Turn(qa.task, self._ids(qa.question), self._ids(qa.answer)) for qa in asked])
-            if not asked or (not paired and rng.random() < self.lists):
+            if not asked or (len(own) == 1 and rng.random() < self.lists):
                 turns[-1].append(Turn("list", self._ids(LIST), self._ids(listed(own[0]))))
         images, frames = prepared(
             self.name, self.processor, [scene.image for own in drawn for scene in own], self.pixels
@@ -131,6 +135,16 @@ class Scenes(Dataset):
         maps = [labels(scene, *grid, frame) for scene, (grid, frame) in zip(flat, frames, strict=True)]
         grids = iter([grid for grid, _ in frames])
         return Batch(images, [[next(grids) for _ in own] for own in drawn], maps, turns)
+
+    def _draw(self, rng: random.Random) -> list[list[Any]]:
+        """The scenes of a batch, one or two an item."""
+        if rng.random() < self.pairs:
+            return [list(scenes.pair(rng)) for _ in range(self.size // 2)]
+        kinds, shares = list(KINDS), list(KINDS.values())
+        return [
+            [crowd(rng) if rng.random() < self.crowds else scenes.make(rng.choices(kinds, shares)[0], rng)]
+            for _ in range(self.size)
+        ]
 
     def _ids(self, text: str) -> list[int]:
         if text not in self._tokens:
@@ -143,14 +157,14 @@ def prepared(
 ) -> tuple[dict[str, Tensor], list[tuple[tuple[int, int], tuple[float, float, float, float]]]]:
     """Pixels by the model's own processor, and for each picture its token grid and the part of it that it fills."""
     images: dict[str, Tensor] = {}
-    if pixels or name == "nano-qwen":
+    if pixels:
         given = processor.image_processor(images=pictures, return_tensors="pt")
         images = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     found: list[Any] = []
-    if "image_grid_thw" in images:
-        for _, rows, columns in images["image_grid_thw"].tolist():
-            grid = (rows // 2, columns // 2)
-            found.append((grid, (0.0, 0.0, float(grid[1]), float(grid[0]))))
+    if name == "nano-qwen":
+        for picture in pictures:
+            rows, columns = _cells(processor.image_processor, picture)
+            found.append(((rows, columns), (0.0, 0.0, float(columns), float(rows))))
         return images, found
     side = processor.image_processor.crop_size["height"] // processor.patch_size
     for picture in pictures:
@@ -159,6 +173,16 @@ def prepared(
         left, top = (longest - width) / 2 * side / longest, (longest - height) / 2 * side / longest
         found.append(((side, side), (left, top, side - left, side - top)))
     return images, found
+
+
+def _cells(images: Any, picture: Any) -> tuple[int, int]:
+    """Rows and columns of Qwen's tokens for a picture, without its pixels."""
+    factor = images.patch_size * images.merge_size
+    size = images.size
+    height, width = smart_resize(
+        picture.height, picture.width, factor=factor, min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]
+    )
+    return height // factor, width // factor
 
 
 def same(batch: Any) -> Any:

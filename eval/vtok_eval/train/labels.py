@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -31,11 +31,26 @@ class Labels:
     ----------
     thing, colour, character : Tensor
         (rows, columns) class of each token's cell; ``IGNORE`` where it is not defined.
+    next : Tensor
+        (rows, columns) the second character in reading order where two have their centres in one cell, else 0.
+    centre : Tensor
+        (rows, columns) bool: cells that the centre of a thing or of a character lies in.
+    order : Tensor
+        (rows, columns) number of the character in its word, counted from 1; 0 where there is none.
+    framed : Tensor
+        (rows, columns) bool: cells inside a frame.
+    small : Tensor
+        (rows, columns) 1 for a thing without extent, 0 for a quarter of the picture's longer side and above.
     """
 
     thing: Tensor
     colour: Tensor
     character: Tensor
+    next: Tensor
+    centre: Tensor
+    order: Tensor
+    framed: Tensor
+    small: Tensor
 
     def present(self) -> Tensor:
         """(len(THINGS),) 1 where some token looks at such a thing."""
@@ -47,7 +62,7 @@ class Labels:
     def window(self, top: int, left: int, rows: int, columns: int) -> Labels:
         """The labels of a part of the grid."""
         part = (slice(top, top + rows), slice(left, left + columns))
-        return Labels(self.thing[part], self.colour[part], self.character[part])
+        return Labels(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
 def labels(scene: Any, rows: int, columns: int, frame: Sequence[float]) -> Labels:
@@ -68,6 +83,9 @@ def labels(scene: Any, rows: int, columns: int, frame: Sequence[float]) -> Label
     thing = torch.zeros(rows, columns, dtype=torch.long)
     colour = torch.full((rows, columns), _COLOUR.get(scene.background, IGNORE), dtype=torch.long)
     character = torch.zeros(rows, columns, dtype=torch.long)
+    after, order = torch.zeros(2, rows, columns, dtype=torch.long)
+    centre, framed = torch.zeros(2, rows, columns, dtype=torch.bool)
+    small = torch.zeros(rows, columns)
 
     def on_grid(box: Sequence[float]) -> tuple[float, float, float, float]:
         return x0 + box[0] * across, y0 + box[1] * down, x0 + box[2] * across, y0 + box[3] * down
@@ -75,15 +93,26 @@ def labels(scene: Any, rows: int, columns: int, frame: Sequence[float]) -> Label
     for item in scene.things:
         box = on_grid(item.box)
         if item.kind == "frame":
+            framed |= covered(box, rows, columns)
             continue
         name = "text" if item.kind == "text" else item.name
         inside = covered(box, rows, columns)
         thing[inside] = _THING[name]
+        small[inside] = max(0.0, 1 - 4 * item.size / max(width, height))
+        if not item.letters:
+            centre[middle(box, rows, columns)] = True
         # an object's own colours have no name; a shape's colour has
         colour[inside] = _COLOUR[item.colour] if item.kind == "shape" and item.colour else IGNORE
-        for letter, part in zip((item.text or "").lower(), item.letters, strict=True):
-            character[covered(on_grid(part), rows, columns)] = _CHARACTER[letter]
-    return Labels(thing, colour, character)
+        for number, (letter, part) in enumerate(zip((item.text or "").lower(), item.letters, strict=True), 1):
+            under = covered(on_grid(part), rows, columns)
+            character[under], order[under] = _CHARACTER[letter], number
+        # where two centres share a cell the first is its character, whoever came last
+        for number, (letter, part) in enumerate(zip((item.text or "").lower(), item.letters, strict=True), 1):
+            cell = middle(on_grid(part), rows, columns)
+            (after if centre[cell] else character)[cell] = _CHARACTER[letter]
+            order[cell] = order[cell] if centre[cell] else number
+            centre[cell] = True
+    return Labels(thing, colour, character, after, centre, order, framed, small)
 
 
 def covered(box: Sequence[float], rows: int, columns: int) -> Tensor:
@@ -92,9 +121,14 @@ def covered(box: Sequence[float], rows: int, columns: int) -> Tensor:
     across = _overlap(x0, x1, columns)
     down = _overlap(y0, y1, rows)
     inside = down[:, None] * across > 0.4
-    row, column = int((y0 + y1) / 2), int((x0 + x1) / 2)
-    inside[min(max(row, 0), rows - 1), min(max(column, 0), columns - 1)] = True
+    inside[middle(box, rows, columns)] = True
     return inside
+
+
+def middle(box: Sequence[float], rows: int, columns: int) -> tuple[int, int]:
+    """Row and column of the cell that a box's centre lies in."""
+    row, column = int((box[1] + box[3]) / 2), int((box[0] + box[2]) / 2)
+    return min(max(row, 0), rows - 1), min(max(column, 0), columns - 1)
 
 
 def _overlap(low: float, high: float, cells: int) -> Tensor:

@@ -15,24 +15,30 @@ from vtok.errors import VtokError
 from vtok_eval import assets, scenes
 from vtok_eval.models import nano, surgery
 from vtok_eval.train.data import Scenes, prepared
+from vtok_eval.train.hints import Hints
 from vtok_eval.train.language import Talk
 from vtok_eval.train.loop import Stage, train
 from vtok_eval.train.tower import Tower, matmul_patches
 
 #: pictures in a batch of each stage, batches, and peak learning rates
+_SYMBOLS = {"size": 16, "steps": 2600, "rate": 2e-3, "sparse": (0.6, 0.2), "crowds": 0.3, "questions": 20, "layers": 4}
+_WORDS = {"size": 8, "steps": 300, "rate": 3e-3}
+_SPARSE = {"size": 8, "steps": 1000, "rate": 1.5e-3, "sparse": (1.0, 0.4), "crowds": 0.1}
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-llava": {
         "tower": {"size": 8, "steps": 700, "rate": 1e-4},
-        "symbols": {"size": 12, "steps": 4000, "rate": 2e-3, "pool": 2, "crowds": 0.4, "questions": 20, "layers": 4},
-        "words": {"size": 8, "steps": 250, "rate": 3e-3},
-        "pooled": {"size": 8, "steps": 1500, "rate": 1.5e-3, "pool": 2, "crowds": 0.1},
-        "full": {"size": 8, "steps": 1000, "rate": 1e-3},
+        "symbols": _SYMBOLS,
+        "words": _WORDS,
+        "sparse": _SPARSE,
+        "full": {"size": 8, "steps": 500, "rate": 1e-3},
     },
     "nano-qwen": {
         "tower": {"size": 8, "steps": 1000, "rate": 3e-4},
-        "symbols": {"size": 12, "steps": 4000, "rate": 2e-3, "pool": 2, "crowds": 0.4, "questions": 20, "layers": 4},
-        "words": {"size": 8, "steps": 250, "rate": 3e-3},
-        "full": {"size": 8, "steps": 900, "rate": 1.5e-3, "crowds": 0.1},
+        "symbols": _SYMBOLS,
+        "words": _WORDS,
+        "sparse": _SPARSE,
+        "full": {"size": 8, "steps": 500, "rate": 1e-3},
     },
 }
 
@@ -78,7 +84,10 @@ def run(
     teacher = start_tower(name, model, seed).to(device)
     model.train().to(device)
     talk, tower = Talk(name, model, processor), Tower(name, model, teacher).to(device)
-    language = [model.model.language_model]
+    hints = Hints(processor.tokenizer, model.config.text_config.hidden_size).to(device)
+    talk.hints = hints
+    language: list[nn.Module] = [model.model.language_model]
+    hinted = hints.watch(model.model.language_model.layers[_chosen(12, 4)[1]])
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)  # a fifth of a step's time, for half a minute once
     idle_layers(model.model.language_model, recipe["symbols"]["layers"])
@@ -95,14 +104,18 @@ def run(
             trained, step, groups = talk, talk.align, [(language[1:], own["rate"])]
         else:
             trained, step = talk, talk.step
-            talk.pool, talk.symbols = own.get("pool", 1), stage == "symbols"
+            talk.sparse, talk.symbols = own.get("sparse"), stage == "symbols"
             groups = [(language[:1] if stage == "symbols" else language, own["rate"])]
+            groups += [([hints], 2e-3)] if stage != "full" else []
+            if stage == "full":
+                hinted.remove()
+                hints.states = None
         mix = (
             {"crowds": 0.8}
             if stage in ("tower", "words")
-            else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.5}
+            else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.15}
         )
-        mix["pixels"] = stage != "symbols"
+        mix |= {"pixels": False, "reuse": 2} if stage == "symbols" else {}
         asked = own.get("questions", 10)
         data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", asked, **mix)
         plan = Stage(stage, steps, groups, step, warmup=max(1, min(200, steps // 10)))

@@ -71,7 +71,8 @@ class Chat(Talk):
     def __init__(self, model: Any, processor: Any) -> None:
         nn.Module.__init__(self)
         # nano-llava's layout: one grid a picture, positions in a row
-        self.name, self.model, self.pool, self.symbols = "nano-llava", model, 1, False
+        self.name, self.model, self.pool, self.symbols, self.sparse = "nano-llava", model, 1, False, None
+        self.hints = None
         text = processor.tokenizer
 
         def ids(string: str) -> list[int]:
