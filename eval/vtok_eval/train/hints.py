@@ -106,7 +106,7 @@ class Hints(nn.Module):
         total, right = logits[0].new_zeros(()), {}
         for name, own_logits in zip(SIZES, logits, strict=True):
             classes = torch.tensor([each.get(name, IGNORE) for each in wanted], device=device)
-            if (classes == IGNORE).all():
+            if (classes == IGNORE).all() or name in __import__("os").environ.get("NOHINT", "").split(","):
                 continue
             total = total + F.cross_entropy(own_logits, classes, ignore_index=IGNORE)
             right[f"hint {name}"] = (own_logits.argmax(-1) == classes)[classes != IGNORE].float().mean().item()

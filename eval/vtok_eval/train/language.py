@@ -20,7 +20,7 @@ IGNORE = -100
 HINT = 0.2
 
 #: of the parts of a symbol, what questions look for is louder, or a question finds itself rather than the token alike
-LOUD = {"thing": 2.0, "character": 2.0, "place": 2.0}
+LOUD = {"thing": 2.0, "character": 2.0, "place": 2.0, "order": 2.0}
 
 
 class Talk(nn.Module):
@@ -169,7 +169,7 @@ class Talk(nn.Module):
                 total = total + vectors[getattr(own, name).flatten().to(device).clamp(min=0)]
             after = LOUD["character"] * sums["character"].roll(table.shape[1] // 2, -1)
             total = total + after[own.next.flatten().to(device)]
-            total = total + order[own.order.flatten().to(device)]
+            total = total + LOUD["order"] * order[own.order.flatten().to(device)]
             found.append(total)
         return found
 

@@ -21,7 +21,7 @@ from vtok_eval.train.loop import Stage, train
 from vtok_eval.train.tower import Tower, matmul_patches
 
 #: pictures in a batch of each stage, batches, and peak learning rates
-_SYMBOLS = {"size": 16, "steps": 2600, "rate": 2e-3, "sparse": (0.6, 0.2), "crowds": 0.3, "questions": 20, "layers": 4}
+_SYMBOLS = {"size": 16, "steps": 6000, "rate": 2e-3, "sparse": (0.6, 0.2), "crowds": 0.3, "questions": 20, "layers": 4}
 _WORDS = {"size": 8, "steps": 300, "rate": 3e-3}
 _SPARSE = {"size": 8, "steps": 1000, "rate": 1.5e-3, "sparse": (1.0, 0.4), "crowds": 0.1}
 
