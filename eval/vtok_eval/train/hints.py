@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from vtok_eval.train.data import Batch, Turn
 from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, Labels
 
-#: classes of each reading. A name: in the first picture, in the second, in which ninth of the picture where it is there
-#: once, how often, of which colour. The word before a question's mark: the thing or the first character to be named
+#: classes of what is read at a name: in the first picture, in the second, in which ninth of the picture where it is
+#: there once, how often, of which colour
 SIZES = {
     "first": 2,
     "second": 2,
@@ -21,8 +21,6 @@ SIZES = {
     "down": 3,
     "count": 8,
     "colour": len(COLOURS),
-    "thing": len(THINGS),
-    "character": len(CHARACTERS),
 }
 
 
@@ -30,7 +28,9 @@ class Hints(nn.Module):
     """Linear readings of question tokens behind the first half of the layers; thrown away after training.
 
     From answers alone a name learnt to look for itself in the picture after 1500 to 3000 batches, and places were not
-    learnt within 4000: nothing leads there step by step. With these readings places were at 83 % after 450.
+    learnt within 4000: nothing leads there step by step. With these readings places were at 83 % after 450. The word
+    before a question's mark is to hold the embedding of what is to be named: with a linear reading of its own for that,
+    nothing was named for 1200 batches.
 
     Parameters
     ----------
@@ -48,7 +48,8 @@ class Hints(nn.Module):
         self._first = {ids[0] for ids in self._names}
         self._longest = max(map(len, self._names))
         text = {name: tokenizer(name, add_special_tokens=False).input_ids[0] for name in CHARACTERS[1:]}
-        self._characters = {token: number for number, token in enumerate(text.values(), 1)}
+        self._characters = {token: number for number, token in enumerate(text.values())}
+        self._answers = [list(ids) for ids in found.values()] + [[token] for token in self._characters]
         self.states: Tensor | None = None
 
     def watch(self, layer: nn.Module) -> Any:
@@ -69,9 +70,9 @@ class Hints(nn.Module):
             position += max(1, size)
         last = len(turn.question) - 2
         if turn.task in ("objects", "detail"):
-            found.append((last, {"thing": self._names[tuple(turn.answer)]}))
+            found.append((last, {"answer": self._names[tuple(turn.answer)] - 1}))
         if turn.task == "text" and turn.answer[0] in self._characters:  # a few words to be read are one token
-            found.append((last, {"character": self._characters[turn.answer[0]]}))
+            found.append((last, {"answer": len(self._names) + 1 + self._characters[turn.answer[0]]}))
         return found
 
     def _name(self, ids: list[int]) -> tuple[int, int]:
@@ -81,7 +82,7 @@ class Hints(nn.Module):
                     return size, self._names[tuple(ids[:size])]
         return 0, 0
 
-    def loss(self, batch: Batch, starts: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, starts: Sequence[Sequence[int]], table: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Mean cross entropy of all readings, and how many are right.
 
         Parameters
@@ -90,26 +91,31 @@ class Hints(nn.Module):
             That ran.
         starts : sequence of sequence of int
             Column of each question's first token, by item.
+        table : Tensor
+            (vocabulary, width) embeddings.
         """
         if self.states is None:
             raise AssertionError("no layer is being watched")
         labels, rows, columns, wanted = iter(batch.labels), [], [], []
-        for number, (grids, turns, own) in enumerate(zip(batch.grids, batch.turns, starts, strict=True)):
+        for number, (grids, turns, begins) in enumerate(zip(batch.grids, batch.turns, starts, strict=True)):
             truth = [next(labels) for _ in grids]
-            for turn, start in zip(turns, own, strict=True):
+            for turn, start in zip(turns, begins, strict=True):
                 for position, target in self.targets(turn, truth):
                     rows.append(number)
                     columns.append(start + position)
                     wanted.append(target)
         device = self.states.device
-        logits = self.read(self.norm(self.states[rows, columns])).float().split(list(SIZES.values()), -1)
-        total, right = logits[0].new_zeros(()), {}
-        for name, own_logits in zip(SIZES, logits, strict=True):
+        states = self.norm(self.states[rows, columns])
+        logits = dict(zip(SIZES, self.read(states).float().split(list(SIZES.values()), -1), strict=True))
+        answers = torch.stack([table[ids].float().mean(0) for ids in self._answers])
+        logits["answer"] = states.float() @ answers.T
+        total, right = states.new_zeros((), dtype=torch.float32), {}
+        for name, own in logits.items():
             classes = torch.tensor([each.get(name, IGNORE) for each in wanted], device=device)
-            if (classes == IGNORE).all() or name in __import__("os").environ.get("NOHINT", "").split(","):
+            if (classes == IGNORE).all():
                 continue
-            total = total + F.cross_entropy(own_logits, classes, ignore_index=IGNORE)
-            right[f"hint {name}"] = (own_logits.argmax(-1) == classes)[classes != IGNORE].float().mean().item()
+            total = total + F.cross_entropy(own, classes, ignore_index=IGNORE)
+            right[f"hint {name}"] = (own.argmax(-1) == classes)[classes != IGNORE].float().mean().item()
         self.states = None
         return total, right
 
