@@ -245,7 +245,7 @@ class Talk(nn.Module):
         if self.hints is None or self.hints.states is None:
             return loss, numbers
         starts = [[row["block"].index(tail) for tail in range(1, len(turns) + 1)] for row, turns in asked]
-        hint, right = self.hints.loss(batch, starts, embed.weight)
+        hint, right = self.hints.loss(batch, starts, len(self.ask), embed.weight)
         return loss + HINT * hint, numbers | right
 
     def _row(

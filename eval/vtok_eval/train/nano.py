@@ -25,7 +25,7 @@ _SYMBOLS = {"size": 16, "steps": 2600, "rate": 2e-3, "sparse": (0.6, 0.2), "crow
 # what is learnt by then is asked less, and what is looked up by its place, its size or its order more
 _LOOKUPS = _SYMBOLS | {"steps": 900, "rate": 1.5e-3, "rare": {"exists": 0.15, "colour": 0.15, "position": 0.15}}
 _READING = _LOOKUPS | {
-    "steps": 3000,
+    "steps": 4500,
     "crowds": 0.1,
     "kinds": {"mixed": 0.15, "count": 0.3, "text": 0.45, "detail": 0.1},
     "rare": {"exists": 0.1, "colour": 0.1, "position": 0.1, "objects": 0.3, "detail": 0.5},
