@@ -160,8 +160,8 @@ class Talk(nn.Module):
         order = torch.stack([0 * table[0], *(table[ids].mean(0) for ids in self._order)])
         # the embeddings of characters have half of their length in common: what tells them apart would be a quarter of
         # a symbol, and nothing was read in 3000 batches
-        for own in (sums["character"], order):
-            own[1:] -= own[1:].mean(0)
+        for apart in (sums["character"], order):
+            apart[1:] -= apart[1:].mean(0)
         order = order.roll(table.shape[1] // 4, -1)
         found = []
         for own in truth:
