@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vtok.cli import alone
 from vtok.errors import VtokError
 from vtok_eval.render.markdown import summary_markdown, table
 
@@ -94,8 +95,8 @@ def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
         f"transformers {results['machine']['transformers']}.",
         summary_markdown(results).rstrip(),
         "## Training",
-        f"`{command}`; the log is beside this card. Scenes are drawn on the fly, so no scene comes twice.",
-        "\n".join(table(["stage", "batches of 8", "last loss", "right at the end, %"], stages)),
+        f"`{command}`; the log is beside this card. Scenes are drawn on the fly: no picture comes twice.",
+        "\n".join(table(["stage", "batches", "last loss", "right at the end, %"], stages)),
         "## Licences",
         LICENCES,
     ]
@@ -143,4 +144,4 @@ def command(
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    alone(command)
