@@ -24,9 +24,10 @@ from vtok_eval.train.data import Batch, Scenes, Turn
 from vtok_eval.train.hints import Hints
 from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, covered, labels
 from vtok_eval.train.language import Talk
-from vtok_eval.train.loop import Stage, train
+from vtok_eval.train.loop import Stage, done, train
 from vtok_eval.train.nano import RECIPES, idle_layers, save, some_layers
 from vtok_eval.train.tower import Tower, matmul_patches
+from vtok_eval.train.words import Words
 
 PICTURES = [Image.effect_noise(size, 90).convert("RGB") for size in ((448, 336), (336, 336))]
 QUESTIONS = [("what object is in the picture?", "dog"), ("read the word.", "zuq42"), ("where is the cat?", "top left")]
@@ -210,6 +211,53 @@ def test_symbols_stand_where_pictures_stood(name: str) -> None:
     assert loss.isfinite() and "list" in right
 
 
+@pytest.mark.grad
+@pytest.mark.parametrize("name", nano.NANO)
+def test_what_a_token_shows_is_put_into_words(name: str) -> None:
+    model, processor = nano.blank(name, scenes.words())
+    randomize(model, 0)
+    talk = Talk(name, model, processor)
+    data = Scenes(name, processor, 1, 1, "words", 1, kinds={"text": 1.0})
+    talk.measure(data[0])
+    words = Words(talk, 200)
+    words.measure(data[0])
+    words.collect(data)
+    # what was kept, run through the rest, is what the whole gives, token by token (Qwen's tower goes by windows)
+    hidden = words._last(words.seen.float())
+    with torch.no_grad():
+        found = words.project(hidden[:, 0] if name == "nano-llava" else hidden.flatten(0, 1))
+        whole = torch.cat(talk.features(data[0].images))
+    nearest = torch.cdist(F.normalize(found - whole.mean(0)), F.normalize(whole - whole.mean(0))).argmin(1)
+    assert (nearest == torch.arange(len(whole))).float().mean() > 0.95  # bfloat16 on the way
+    torch.manual_seed(0)
+    model.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p.requires_grad_(True) for m in words.last for p in m.parameters()], 1e-3)
+    losses = []
+    for _ in range(4):
+        torch.manual_seed(1)
+        loss, numbers = words.step(None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and set(numbers) >= {"away", "character", "order"}
+
+
+@pytest.mark.parametrize("name", nano.NANO)
+def test_what_was_seen_is_read_again_as_it_was(name: str) -> None:
+    model, processor = nano.blank(name, scenes.words())
+    randomize(model, 0)
+    talk = Talk(name, model, processor)
+    data = Scenes(name, processor, 2, 4, "again", 1, reuse=2)
+    first, second, third = data[0], data[1], data[2]
+    assert first.images is second.images and first.images is not third.images
+    talk.measure(first)
+    for batch in (first, second, third):
+        found, wanted = talk.read(batch.images), talk.features(batch.images)
+        assert [len(own) for own in found] == [len(own) for own in wanted]
+        torch.testing.assert_close(torch.cat(found), torch.cat(wanted), atol=1e-5, rtol=1e-4)
+
+
 def _seen() -> Scene:
     things = (
         Thing("cat", "object", None, (0, 0, 28, 28)),
@@ -386,6 +434,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
     assert torch.equal(whole.layer.weight, parts.layer.weight)
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 40 and lines[-1]["loss"] > 0
+    assert done(tmp_path / "a", "line", 40)
+    assert not done(tmp_path / "a", "line", 41) and not done(tmp_path / "a", "other", 40)
 
 
 @pytest.mark.grad

@@ -49,7 +49,7 @@ or, without vtok's evaluation part, `AutoModelForImageTextToText.from_pretrained
 word or two. It knows {words} words and {concepts} objects; it is for measuring compression, and no assistant."""
 
 
-def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], command: str) -> str:
+def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], command: str, notes: str = "") -> str:
     """The text of a model card.
 
     Parameters
@@ -62,6 +62,8 @@ def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
         Lines of the training log.
     command : str
         That trained it.
+    notes : str
+        How the shipped weights' training differed from what the command does, if it did.
 
     Raises
     ------
@@ -96,6 +98,7 @@ def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
         summary_markdown(results).rstrip(),
         "## Training",
         f"`{command}`; the log is beside this card. Scenes are drawn on the fly: no picture comes twice.",
+        *([notes.strip()] if notes.strip() else []),
         "\n".join(table(["stage", "batches", "last loss", "right at the end, %"], stages)),
         "## Licences",
         LICENCES,
@@ -130,7 +133,7 @@ def command(
     results: Annotated[Path, typer.Option(help="Folder that vtok eval wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of cards.")] = Path("model_cards"),
 ) -> None:
-    """Write out/NAME/README.md from a run's results and the training log that lies there."""
+    """Write out/NAME/README.md from a run's results, and training.jsonl and training.md that lie there."""
     if name not in ABOUT:
         raise VtokError(f"there is no card for {name!r}; known are {', '.join(ABOUT)}")
     folder = out / name
@@ -138,7 +141,14 @@ def command(
     log = folder / "training.jsonl"
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     folder.mkdir(parents=True, exist_ok=True)
-    text = card(name, found, lines, f"python -m vtok_eval.train {name}")
+    notes = folder / "training.md"
+    text = card(
+        name,
+        found,
+        lines,
+        f"python -m vtok_eval.train {name}",
+        notes.read_text(encoding="utf-8") if notes.is_file() else "",
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
     typer.echo(f"wrote {folder / 'README.md'}")
 

@@ -91,7 +91,8 @@ class Scenes(Dataset):
     rare : mapping of str to float, optional
         Of these tasks' questions only such a share is asked.
     reuse : int
-        Batches in a row that show the same scenes and ask anew: drawing is a third of a step that runs no tower.
+        Batches in a row that show the same scenes (the same ``images``) and ask anew: drawing is a third of a step that
+        runs no tower, and a tower that is not trained runs once for all of them.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Scenes(Dataset):
         self.kinds = kinds or KINDS
         self._tokens: dict[str, list[int]] = {}
         self._drawn: tuple[int, list[list[Any]]] = (-1, [])
+        self._shown: tuple[int, dict[str, Tensor], list[tuple[int, int]], list[Labels]] = (-1, {}, [], [])
 
     def __len__(self) -> int:
         return self.steps
@@ -136,13 +138,14 @@ class Scenes(Dataset):
             turns.append([Turn(qa.task, self._ids(qa.question), self._ids(qa.answer)) for qa in asked])
             if not asked or (len(own) == 1 and rng.random() < self.lists):
                 turns[-1].append(Turn("list", self._ids(LIST), self._ids(listed(own[0]))))
-        images, frames = prepared(
-            self.name, self.processor, [scene.image for own in drawn for scene in own], self.pixels
-        )
-        flat = [scene for own in drawn for scene in own]
-        maps = [labels(scene, *grid, frame) for scene, (grid, frame) in zip(flat, frames, strict=True)]
-        grids = iter([grid for grid, _ in frames])
-        return Batch(images, [[next(grids) for _ in own] for own in drawn], maps, turns)
+        if self._shown[0] != number:
+            flat = [scene for own in drawn for scene in own]
+            images, frames = prepared(self.name, self.processor, [scene.image for scene in flat], self.pixels)
+            maps = [labels(scene, *grid, frame) for scene, (grid, frame) in zip(flat, frames, strict=True)]
+            self._shown = (number, images, [grid for grid, _ in frames], maps)
+        _, images, grids, maps = self._shown
+        left = iter(grids)
+        return Batch(images, [[next(left) for _ in own] for own in drawn], maps, turns)
 
     def _draw(self, rng: random.Random) -> list[list[Any]]:
         """The scenes of a batch, one or two an item."""

@@ -45,6 +45,9 @@ class Talk(nn.Module):
         Put the words for what is there in the place of what the tower sees.
     hints : Hints or None
         What else is to be learnt where it watches a layer.
+    blend : float or None
+        Of what the tower sees, less the words for what is there, a share between this and 1 is added to those words,
+        drawn anew for each picture.
     sparse : tuple of two float, or None
         Leave out tokens: of what things and characters cover, and of the background, at most such a share stays, drawn
         anew for each picture; the centres of things and characters always do. ``None`` keeps all.
@@ -58,7 +61,10 @@ class Talk(nn.Module):
         super().__init__()
         self.name, self.model, self.pool, self.symbols = name, model, pool, False
         self.sparse: tuple[float, float] | None = None
+        self.blend: float | None = None
         self.hints: Hints | None = None
+        self.project = [model.model.multi_modal_projector if name == "nano-llava" else model.model.visual.merger]
+        self._seen: tuple[Any, Tensor, Tensor, list[int]] | None = None
         width = model.config.vision_config.hidden_size
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
@@ -119,6 +125,31 @@ class Talk(nn.Module):
         found = self.model.model.get_image_features(**images, return_dict=True, **self._layers())
         return list(found.pooler_output)
 
+    def read(self, images: dict[str, Tensor]) -> list[Tensor]:
+        """`features` with no gradient behind the projector; the tower is not run again for the same ``images``."""
+        (project,) = self.project
+        if self._seen is None or self._seen[0] is not images:
+            entered: list[Tensor] = []
+            device = next(self.parameters()).device
+            # in front of the standardisation, which the projector does again
+            watch = project.register_forward_pre_hook(lambda _, args: entered.append(args[0]), prepend=True)
+            with torch.no_grad():
+                order, sizes = self.order({key: value.to(device) for key, value in images.items()})
+            watch.remove()
+            self._seen = images, entered[0], order, sizes
+        _, hidden, order, sizes = self._seen
+        return list(project(hidden).flatten(0, -2)[order].split(sizes))
+
+    def order(self, images: dict[str, Tensor]) -> tuple[Tensor, list[int]]:
+        """Where among the projector's outputs each picture's tokens are (Qwen's go by windows), and how many."""
+        (project,) = self.project
+        watch = project.register_forward_hook(_numbered)
+        try:
+            found = self.features(images)
+        finally:
+            watch.remove()
+        return torch.cat(found)[:, 0].long(), [len(own) for own in found]
+
     def _layers(self) -> dict[str, Any]:
         config = self.model.config
         if self.name != "nano-llava":
@@ -128,21 +159,21 @@ class Talk(nn.Module):
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
         }
 
-    def align(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """How far visual tokens are from the words for what they look at: object, colour, character and place.
-
-        A language model that has learnt nothing yet then needs to look and copy. Without this it had not begun to look
-        at pictures after 450 batches: every task stood where guessing puts it.
-        """
-        device = next(self.parameters()).device
-        found = torch.cat(self.features(moved(batch, device))).float()
+    def vectors(self) -> dict[str, tuple[Tensor, int]]:
+        """(words, D) of each kind of word as a symbol holds them, and by how many quarters it turns them."""
         table = self.model.get_input_embeddings().weight.detach().float()
-        wanted = torch.cat(self.words(batch.labels, device))
-        loss = (found - wanted).square().sum(-1).mean() / table.square().sum(-1).mean()
-        thing = torch.cat([own.thing.flatten() for own in batch.labels]).to(device)
-        names = torch.stack([table[ids].mean(0) for ids in self._words["thing"][1:]])
-        right = ((found @ names.T).argmax(-1) + 1 == thing)[thing > 0].float().mean()
-        return loss, {"thing": right.item()}
+        sums = {
+            name: torch.stack([table[ids].mean(0) if ids else 0 * table[0] for ids in words])
+            for name, words in self._words.items()
+        }
+        order = torch.stack([0 * table[0], *(table[ids].mean(0) for ids in self._order)])
+        # the embeddings of characters have half of their length in common: what tells them apart would be a quarter of
+        # a symbol, and nothing was read in 3000 batches
+        for apart in (sums["character"], order):
+            apart[1:] -= apart[1:].mean(0)
+        loud = {name: LOUD.get(name, 1.0) * vectors for name, vectors in (sums | {"order": order}).items()}
+        turned = {"next": (loud["character"], 2), "order": (loud["order"], 1)}
+        return {name: (loud[name], 0) for name in sums} | turned
 
     def words(self, truth: list[Labels], device: torch.device) -> list[Tensor]:
         """(tokens, D) of every picture: the embeddings of the words for what each token looks at, added up.
@@ -152,30 +183,21 @@ class Talk(nn.Module):
         a second character in the same cell and the number of the character in its word.
         """
         table = self.model.get_input_embeddings().weight.detach().float()
-        sums = {
-            name: torch.stack([table[ids].mean(0) if ids else 0 * table[0] for ids in words])
-            for name, words in self._words.items()
-        }
-        marks = {name: table[ids].mean(0) for name, ids in self._marks.items()}
-        order = torch.stack([0 * table[0], *(table[ids].mean(0) for ids in self._order)])
-        # the embeddings of characters have half of their length in common: what tells them apart would be a quarter of
-        # a symbol, and nothing was read in 3000 batches
-        for apart in (sums["character"], order):
-            apart[1:] -= apart[1:].mean(0)
-        order = order.roll(table.shape[1] // 4, -1)
         found = []
         for own in truth:
             total = self._places(table, *own.thing.shape)
-            for name, vector in marks.items():
+            for name, vector in self.marks().items():
                 total = total + getattr(own, name).flatten().to(device)[:, None] * vector
-            for name, vectors in sums.items():
-                vectors = LOUD.get(name, 1.0) * vectors
-                total = total + vectors[getattr(own, name).flatten().to(device).clamp(min=0)]
-            after = LOUD["character"] * sums["character"].roll(table.shape[1] // 2, -1)
-            total = total + after[own.next.flatten().to(device)]
-            total = total + LOUD["order"] * order[own.order.flatten().to(device)]
+            for name, (vectors, quarters) in self.vectors().items():
+                index = getattr(own, name).flatten().to(device).clamp(min=0)
+                total = total + vectors.roll(quarters * vectors.shape[1] // 4, -1)[index]
             found.append(total)
         return found
+
+    def marks(self) -> dict[str, Tensor]:
+        """(D,) of each word that a symbol holds more or less of."""
+        table = self.model.get_input_embeddings().weight.detach().float()
+        return {name: table[ids].mean(0) for name, ids in self._marks.items()}
 
     def _places(self, table: Tensor, rows: int, columns: int) -> Tensor:
         """(tokens, D) between the words left and right, top and bottom.
@@ -204,7 +226,11 @@ class Talk(nn.Module):
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Mean loss over the questions, each weighing the same, and the share of answers that are right, by task."""
         device = next(self.parameters()).device
-        features = self.words(batch.labels, device) if self.symbols else self.features(moved(batch, device))
+        features = self.words(batch.labels, device) if self.symbols else self.read(batch.images)
+        if self.blend is not None:
+            words = self.words(batch.labels, device)
+            shares = (self.blend + (1 - self.blend) * torch.rand(len(words))).tolist()
+            features = [word + share * (own - word) for word, share, own in zip(words, shares, features, strict=True)]
         flat = [grid for own in batch.grids for grid in own]
         if self.pool > 1:
             features = [_pooled(own, grid, self.pool) for own, grid in zip(features, flat, strict=True)]
@@ -282,6 +308,12 @@ class Talk(nn.Module):
         ids += part
         positions += [[start + i] * 3 for i in range(len(part))]
         return start + len(part)
+
+
+def _numbered(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """Each token's number in place of what it is, fp32."""
+    shape = output.shape[:-1]
+    return torch.arange(shape.numel(), dtype=torch.float32, device=output.device).view(*shape, 1)
 
 
 def _pooled(features: Tensor, grid: tuple[int, int], pool: int) -> Tensor:

@@ -137,6 +137,12 @@ def train(
                 part.replace(checkpoint)
 
 
+def done(folder: Path, stage: str, steps: int) -> bool:
+    """Whether a stage has ended."""
+    checkpoint = folder / f"{stage}.pt"
+    return checkpoint.exists() and torch.load(checkpoint, map_location="cpu", weights_only=True)["step"] >= steps
+
+
 def _optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     """AdamW with decay on matrices only; whatever is in no group is frozen."""
     model.requires_grad_(False)

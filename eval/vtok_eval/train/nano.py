@@ -17,8 +17,9 @@ from vtok_eval.models import nano, surgery
 from vtok_eval.train.data import Scenes, prepared
 from vtok_eval.train.hints import Hints
 from vtok_eval.train.language import Talk
-from vtok_eval.train.loop import Stage, train
+from vtok_eval.train.loop import Stage, done, train
 from vtok_eval.train.tower import Tower, matmul_patches
+from vtok_eval.train.words import Words
 
 #: pictures in a batch of each stage, batches, and peak learning rates
 _SYMBOLS = {"size": 16, "steps": 2600, "rate": 2e-3, "sparse": (0.6, 0.2), "crowds": 0.3, "questions": 20, "layers": 4}
@@ -30,27 +31,45 @@ _READING = _LOOKUPS | {
     "kinds": {"mixed": 0.15, "count": 0.3, "text": 0.45, "detail": 0.1},
     "rare": {"exists": 0.1, "colour": 0.1, "position": 0.1, "objects": 0.3, "detail": 0.5},
 }
-_WORDS = {"size": 8, "steps": 300, "rate": 3e-3}
-_SPARSE = {"size": 8, "steps": 1000, "rate": 1.5e-3, "sparse": (1.0, 0.4), "crowds": 0.1}
+_WORDS = {
+    "steps": 1800,
+    "rate": 3e-3,
+    "tower": 1e-3,
+    "tokens": 4096,
+    "batches": 500,
+    "crowds": 0.3,
+    "kinds": {"mixed": 0.3, "count": 0.1, "text": 0.4, "detail": 0.2},
+}
+_SPARSE = {
+    "size": 8,
+    "steps": 900,
+    "rate": 4e-4,
+    "sparse": (1.0, 0.4),
+    "crowds": 0.1,
+    "questions": 20,
+    "layers": 4,
+    "reuse": 4,
+    "blend": 0.2,
+}
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-llava": {
-        "tower": {"size": 8, "steps": 700, "rate": 1e-4},
+        "tower": {"size": 8, "steps": 2500, "rate": 1.5e-4},
         "symbols": _SYMBOLS,
         "lookups": _LOOKUPS,
         "reading": _READING,
         "words": _WORDS,
         "sparse": _SPARSE,
-        "full": {"size": 8, "steps": 500, "rate": 1e-3},
+        "full": {"size": 8, "steps": 400, "rate": 2e-4, "reuse": 2, "questions": 20},
     },
     "nano-qwen": {
-        "tower": {"size": 8, "steps": 1000, "rate": 3e-4},
+        "tower": {"size": 8, "steps": 1500, "rate": 3e-4},
         "symbols": _SYMBOLS,
         "lookups": _LOOKUPS,
         "reading": _READING,
-        "words": _WORDS,
+        "words": _WORDS | {"tokens": 1024, "batches": 300},
         "sparse": _SPARSE,
-        "full": {"size": 8, "steps": 500, "rate": 1e-3},
+        "full": {"size": 8, "steps": 400, "rate": 2e-4, "reuse": 2, "questions": 20},
     },
 }
 
@@ -103,7 +122,7 @@ def run(
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)  # a fifth of a step's time, for half a minute once
     idle_layers(model.model.language_model, recipe["symbols"]["layers"])
-    # the tower stays as it is from here on: its backward pass is most of a step, and it sees already
+    # but for its last feed-forward, the tower stays as it is from here on: its backward pass is most of a step
     language += [model.model.multi_modal_projector] if name == "nano-llava" else [model.model.visual.merger]
     for stage, own in recipe.items():
         steps = max(1, round(own["steps"] * scale))
@@ -114,23 +133,28 @@ def run(
             step: Any = tower.step
         elif stage == "words":
             talk.measure(Scenes(name, processor, 16, 1, f"{name}/{seed}/measure", crowds=0.5)[0])
-            trained, step, groups = talk, talk.align, [(language[1:], own["rate"])]
+            words = Words(talk, own["tokens"])
+            if not (resume and done(out, stage, steps)):
+                words.measure(Scenes(name, processor, 64, 1, f"{name}/{seed}/marks", pixels=False)[0])
+                mix = {key: own[key] for key in ("crowds", "kinds")}
+                words.collect(Scenes(name, processor, 8, own["batches"], f"{name}/{seed}/{stage}", **mix))
+            groups = [(language[1:], own["rate"]), (words.last, own["tower"])]
+            trained, step = talk, words.step
         else:
             trained, step = talk, talk.step
-            talk.sparse = own.get("sparse")
-            groups = [(language[:1] if talk.symbols else language, own["rate"])]
+            talk.sparse, talk.blend = own.get("sparse"), own.get("blend")
+            groups = [(language if stage == "full" else language[:1], own["rate"])]
             groups += [([hints], 2e-3)] if stage != "full" else []
             if stage == "full":
                 hinted.remove()
                 hints.states = None
-        mix = (
-            {"crowds": 0.8}
-            if stage in ("tower", "words")
-            else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.15}
-        )
-        mix |= {"pixels": False, "reuse": 2, "rare": own.get("rare"), "kinds": own.get("kinds")} if talk.symbols else {}
+        mix = {"crowds": 0.8} if stage == "tower" else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.15}
+        mix |= {"pixels": False, "reuse": 2} if talk.symbols else {"reuse": own.get("reuse", 1)}
+        mix |= {key: own[key] for key in ("rare", "kinds") if key in own}
         asked = own.get("questions", 10)
-        data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", asked, **mix)
+        data: Any = range(steps)
+        if stage != "words":
+            data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", asked, **mix)
         plan = Stage(stage, steps, groups, step, warmup=max(1, min(200, steps // 10)))
         with matmul_patches(model), some_layers(model.model.language_model, own.get("layers")):
             train(trained, plan, data, out, workers=workers, resume=resume)
