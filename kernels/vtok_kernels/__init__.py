@@ -11,6 +11,7 @@ from .match import bipartite_match, cosine_scores, mctf_scores, merge_limit, str
 from .merge import MergePlan, merge_attention, merge_mean, merge_sum
 from .packed import load_xformers, packed_attention
 from .select import keep_mask, random, topk, uniform, uniform_grid
+from . import fused  # noqa: E402, F401, I001 - last: what it registers has to exist
 
 __all__ = [
     "MergePlan",

@@ -1,0 +1,1 @@
+"""Attention statistics in Triton."""

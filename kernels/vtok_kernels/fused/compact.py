@@ -1,0 +1,1 @@
+"""Moving tokens in Triton."""

@@ -1,0 +1,1 @@
+"""Bipartite matching in Triton."""

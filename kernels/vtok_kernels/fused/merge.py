@@ -1,0 +1,1 @@
+"""Weighted scatter in Triton."""
