@@ -105,7 +105,9 @@ def operator(reference: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(reference)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensor = args[0] if args else kwargs.get(first)
+        tensor: object = args[0] if args else kwargs.get(first)
+        if isinstance(tensor, list | tuple) and tensor:
+            tensor = tensor[0]
         return get(name, getattr(tensor, "device", None))(*args, **kwargs)
 
     register(name, "reference", priority=0)(reference)

@@ -92,9 +92,14 @@ def calls(device="cpu"):
         "dpp_map": lambda: vk.dpp_map(x, 4, sizes),
         "gather_tokens": lambda: vk.gather_tokens(x, index),
         "scatter_tokens": lambda: vk.scatter_tokens(x, positions, 9, on),
+        "compact": lambda: vk.compact([x, on, positions], index),
         "left_compact": lambda: vk.left_compact(on, 6),
         "merge_sum": lambda: vk.merge_sum(x, dst, 2),
         "merge_mean": lambda: vk.merge_mean(x, dst, 2, sizes),
+        "merge_tokens": lambda: vk.merge_tokens(dst, 2, [x], [sizes], sizes),
+        "match_tokens": lambda: vk.match_tokens(
+            x, 3, protected=1, two_way=True, bias=vk.mctf_bias(sizes, sizes), temperature=1.0
+        ).dst,
         "cosine_scores": lambda: vk.cosine_scores(x),
         "mctf_scores": lambda: vk.mctf_scores(x, sizes, sizes),
         "bipartite_match": lambda: vk.bipartite_match(scores, 3, protected=protected, two_way=True).dst,
