@@ -3,6 +3,8 @@
 Batched on the leading axis; scores in fp32 (float64 stays); lower index first among equals; no host synchronisation.
 """
 
+from . import fused as _fused  # noqa: F401
+from . import ops as _ops  # noqa: F401
 from .attention import attention_rows, received_attention, value_similarity
 from .backend import available, get, register, use
 from .compact import compact, gather_tokens, left_compact, scatter_tokens
@@ -19,7 +21,7 @@ from .match import (
 from .merge import MergePlan, merge_attention, merge_mean, merge_sum, merge_tokens
 from .packed import load_xformers, packed_attention
 from .select import keep_mask, random, topk, uniform, uniform_grid
-from . import fused  # noqa: E402, F401, I001 - last: what it registers has to exist
+from .transition import transition
 
 __all__ = [
     "MergePlan",
@@ -51,6 +53,7 @@ __all__ = [
     "scatter_tokens",
     "strided_merge",
     "topk",
+    "transition",
     "uniform",
     "uniform_grid",
     "use",

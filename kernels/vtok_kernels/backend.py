@@ -28,6 +28,7 @@ FORCED = ("reference", "triton", "cuda")
 """Values of the environment variable VTOK_KERNELS."""
 
 _OPERATORS: dict[str, dict[str, _Implementation]] = {}
+_TRACED: dict[str, Callable] = {}
 _requested: ContextVar[str | None] = ContextVar("vtok_kernels_backend", default=None)
 
 
@@ -99,12 +100,26 @@ def use(backend: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+def trace(name: str, function: Callable) -> None:
+    """While torch.compile or torch.export look on, `function` stands for operator `name` (see `ops`)."""
+    _TRACED[name] = function
+
+
+@torch.compiler.assume_constant_result
+def _plain_asked() -> bool:
+    """Whether plain torch is to be traced. Read when a graph is made, not guarded afterwards."""
+    return (_requested.get() or _forced()) == "reference"
+
+
 def operator(reference: Callable[P, R]) -> Callable[P, R]:
     """Register `reference` under its name and return the public function, which dispatches on its first argument."""
     name, first = reference.__name__, next(iter(inspect.signature(reference).parameters))
 
     @functools.wraps(reference)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            function = reference if _plain_asked() else _TRACED.get(name, reference)
+            return function(*args, **kwargs)
         tensor: object = args[0] if args else kwargs.get(first)
         if isinstance(tensor, list | tuple) and tensor:
             tensor = tensor[0]

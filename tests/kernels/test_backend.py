@@ -14,7 +14,7 @@ def registry(monkeypatch):
 
 
 def test_reference_serves_by_default_and_on_request():
-    assert all(kinds[-1] == "reference" for kinds in vk.available().values())
+    assert all(kinds[0] == "reference" for kinds in vk.available("cpu").values())
     with vk.use("reference"):
         assert vk.topk(torch.tensor([[1.0, 3.0, 2.0]]), 2).tolist() == [[1, 2]]
 
@@ -85,6 +85,7 @@ def calls(device="cpu"):
             heads, heads, scale=0.5, key_mask=on, query_mask=on, query_positions=positions, block=3
         ),
         "value_similarity": lambda: vk.value_similarity(heads, heads[:, :, 0], mask=on),
+        "transition": lambda: vk.transition(x, x.flip(1), on),
         "topk": lambda: vk.topk(rows, 3),
         "keep_mask": lambda: vk.keep_mask(index, 8),
         "farthest_first": lambda: vk.farthest_first(x, 4, weights=sizes),

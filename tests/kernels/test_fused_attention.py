@@ -159,7 +159,7 @@ def test_value_similarity(triton, dtype):
 def test_splits_and_chunks_change_nothing(triton, monkeypatch):
     from vtok_kernels.fused import attention
 
-    q, k = heads(1, 4, 20, 8, device=triton), heads(1, 2, 300, 8, device=triton, seed=2)
+    q, k = heads(1, 4, 5, 8, device=triton), heads(1, 2, 150, 8, device=triton, seed=2)
     for programs in (1, 4096):
         monkeypatch.setattr(attention, "PROGRAMS", programs)
         close(vk.attention_rows(q, k, scale=0.5), eager(q, k, 0.5).mean(1))
@@ -167,10 +167,10 @@ def test_splits_and_chunks_change_nothing(triton, monkeypatch):
 
 
 def test_repeated_runs_agree_to_the_last_bit(triton):
-    q, k = heads(1, 4, 20, 16, device=triton), heads(1, 2, 200, 16, device=triton, seed=2)
+    q, k = heads(1, 2, 5, 8, device=triton), heads(1, 1, 100, 8, device=triton, seed=2)
     for call in (vk.attention_rows, vk.received_attention):
         first = call(q, k, scale=0.5)
-        assert all(torch.equal(call(q, k, scale=0.5), first) for _ in range(3))
+        assert all(torch.equal(call(q, k, scale=0.5), first) for _ in range(2))
 
 
 def test_what_is_not_covered_is_left_to_the_reference(triton):
