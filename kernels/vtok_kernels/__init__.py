@@ -3,6 +3,7 @@
 Batched on the leading axis; scores in fp32 (float64 stays); lower index first among equals; no host synchronisation.
 """
 
+from . import cuda as _cuda  # noqa: F401
 from . import fused as _fused  # noqa: F401
 from . import ops as _ops  # noqa: F401
 from .attention import attention_rows, received_attention, value_similarity
