@@ -106,7 +106,7 @@ DIFFERENTIABLE = {
     "merge_sum": lambda x, w: vk.merge_sum(x, DST, 3),
     "merge_mean": lambda x, w: vk.merge_mean(x, DST, 3, w),
     "merge_mean of weights that vanish": lambda x, w: vk.merge_mean(x, DST, 3, w * (DST != 2)),
-    "merge_tokens": lambda x, w: torch.cat(sum(vk.merge_tokens(DST, 3, [x, x * x], [x], [None, w]), []), -1),
+    "merge_tokens": lambda x, w: torch.cat(tensors(vk.merge_tokens(DST, 3, [x, x * x], [x], [None, w])), -1),
 }
 
 

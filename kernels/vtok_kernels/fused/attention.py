@@ -17,6 +17,8 @@ from ..backend import reference, register
 from ._launch import INTERPRETED, devices, next_power, priority
 
 LOG2_E = 1.4426950408889634
+SHARED, BY_ROW = tl.constexpr(1), tl.constexpr(2)
+"""Kinds of masks: one vector for all rows, or a matrix."""
 PROGRAMS = 512
 """Programs to aim for: about four for each of an H100's 132 processors."""
 
@@ -52,7 +54,10 @@ def _visible(
 ):
     """Which columns the rows at `place` may attend: (M, N)."""
     inside = in_rows[:, None] & (column[None] < n)
-    if MASKED:
+    if MASKED == SHARED:
+        on = tl.load(mask + column.to(tl.int64) * mask_n, mask=column < n, other=0)
+        inside = inside & (on[None] != 0)
+    elif MASKED == BY_ROW:
         pointers = mask + place[:, None].to(tl.int64) * mask_r + column[None].to(tl.int64) * mask_n
         inside = inside & (tl.load(pointers, mask=inside, other=0) != 0)
     if CAUSAL:
@@ -125,12 +130,10 @@ def _rows_kernel(
     start = (tl.program_id(0) // row_blocks) * BLOCK_N
     column = start + tl.arange(0, BLOCK_N)
     kv_heads = heads // GROUP
-    seen = _visible(
-        mask + batch * mask_b, mask, row, column, row < rows, n, mask_r, mask_n, 0, MASKED, False
-    )
+    seen = _visible(mask + batch * mask_b, mask, row, column, row < rows, n, mask_r, mask_n, 0, MASKED, False)
     mean = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for head in range(chunk * per_chunk, tl.minimum((chunk + 1) * per_chunk, heads)):
-        head = head + tl.zeros((), tl.int64)
+    for at in range(chunk * per_chunk, tl.minimum((chunk + 1) * per_chunk, heads)):
+        head = at + tl.zeros((), tl.int64)
         queries = _rows(q + batch * q_b + head * q_h, row, rows, 0, 0, q_r, q_d, width, 1, D)
         keys = _keys(k + batch * k_b + (head // GROUP) * k_h, start, n, k_n, k_d, width, BLOCK_N, D)
         own = lse + (batch * kv_heads + head // GROUP) * (rows * GROUP) * SPLITS
@@ -174,10 +177,12 @@ def _columns_kernel(
             counted = tl.load(query_mask + place.to(tl.int64) * query_r, mask=in_rows, other=0) != 0
             in_rows = in_rows & counted
         queries = _rows(q, row, rows, kv_head, q_h, q_r, q_d, width, GROUP, D)
-        seen = _visible(mask, positions, place, column, in_rows, n, 0, mask_n, pos_r, MASKED, CAUSAL)
+        seen = _visible(mask, positions, place, column, in_rows, n, 0, 0, pos_r, 0, CAUSAL)
         normaliser = _normaliser(lse, row, rows, SPLITS)
         weights = tl.exp2(_logits(queries, keys, scale, IEEE) - normaliser[:, None])
         received += tl.sum(tl.where(seen, weights, 0.0), 0)
+    if MASKED:
+        received = tl.where(tl.load(mask + column.to(tl.int64) * mask_n, mask=column < n, other=0) != 0, received, 0.0)
     tl.store(out + (both * parts + part) * n + column, received, mask=column < n)
 
 
@@ -206,8 +211,14 @@ def _tiles(rows: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "D": depth, "num_warps": 8 if wide else 4, "num_stages": 3}
 
 
+def _kind(mask: Tensor | None) -> int:
+    if mask is None:
+        return 0
+    return (SHARED if mask.shape[1] == 1 else BY_ROW).value
+
+
 def _lse(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor, masked: bool, positions: Tensor, causal: bool
+    q: Tensor, k: Tensor, scale: float, mask: Tensor, masked: int, positions: Tensor, causal: bool
 ) -> tuple[Tensor, int]:
     """Log-sum-exp (B, Hkv, R * G, splits) of every row over `splits` parts of the keys."""
     batch, heads, places, width = q.shape
@@ -235,9 +246,9 @@ def _nothing(q: Tensor, dims: int) -> Tensor:
 def _mean_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     batch, heads, rows, width = q.shape
     n, group = k.shape[2], heads // k.shape[1]
-    on = _nothing(q, 3) if mask is None else mask.expand(batch, rows, n)
+    on = _nothing(q, 3) if mask is None else mask
     nowhere = _nothing(q, 2)
-    lse, splits = _lse(q, k, scale, on, mask is not None, nowhere, False)
+    lse, splits = _lse(q, k, scale, on, _kind(mask), nowhere, False)
     tiles = _tiles(min(rows, 64), width, q.dtype)
     blocks = triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"])
     per_chunk = triton.cdiv(heads, max(1, min(heads, PROGRAMS // (blocks * batch))))
@@ -246,7 +257,7 @@ def _mean_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tenso
     _rows_kernel[(blocks, batch, chunks)](
         q, k, on, lse, out, scale * LOG2_E, 1 / heads, rows, n, width, heads, chunks, per_chunk,
         *q.stride(), *k.stride(), *on.stride(),
-        GROUP=group, MASKED=mask is not None, IEEE=_ieee(q), SPLITS=splits, **tiles,
+        GROUP=group, MASKED=_kind(mask), IEEE=_ieee(q), SPLITS=splits, **tiles,
     )  # fmt: skip
     return out[:, 0] if chunks == 1 else out.sum(1)
 
@@ -298,12 +309,13 @@ def received_attention(
     kv_heads = k.shape[1]
     group = heads // kv_heads
     rows = places * group
-    keys_on = _nothing(q, 3) if key_mask is None else key_mask[:, None].expand(batch, places, n)
+    keys_on = _nothing(q, 3) if key_mask is None else key_mask[:, None]
     queries_on = _nothing(q, 2) if query_mask is None else query_mask
     positions = query_positions if causal else _nothing(q, 2)
-    lse, splits = _lse(q, k, scale, keys_on, key_mask is not None, positions, causal)
+    lse, splits = _lse(q, k, scale, keys_on, 0 if key_mask is None else SHARED.value, positions, causal)
 
-    tiles = _tiles(rows, width, q.dtype)
+    # Tiles of queries stream here, twice as large as those of keys: a third stage would not fit 99 KB.
+    tiles = _tiles(rows, width, q.dtype) | {"num_stages": 2}
     blocks, columns = triton.cdiv(rows, tiles["BLOCK_M"]), triton.cdiv(n, tiles["BLOCK_N"])
     per_split = triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // (columns * batch * kv_heads)))) * tiles["BLOCK_M"]
     parts = triton.cdiv(rows, per_split)
