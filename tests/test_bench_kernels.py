@@ -169,9 +169,10 @@ def test_time_that_is_over_leaves_cases_out() -> None:
 def test_picture_is_xml_with_a_mark_a_row() -> None:
     rows = [row(), row("reference", False), row("textbook", False), row(operator="topk", operations=0.0)]
     tree = ElementTree.fromstring(picture(rows, TOP, "a < b"))
-    marks = [node for node in tree.iter("{http://www.w3.org/2000/svg}circle") if len(node)]
-    assert len(marks) == 3
-    assert all(0 < float(node.get("cx", 0)) < 900 and 0 < float(node.get("cy", 0)) < 560 for node in marks)
+    marks = [node for node in tree.iter("{http://www.w3.org/2000/svg}rect") if node.get("class") == "mark"]
+    assert len([node for node in marks if len(node)]) == 3  # and one in the legend for each operator
+    assert len(marks) == 5
+    assert all(0 < float(node.get("x", 0)) < 890 and 0 < float(node.get("y", 0)) < 550 for node in marks)
 
 
 def test_csv_is_as_wide_as_its_head() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vtok.bench.contest import Row
 from vtok.bench.e2e.run import Outcome
@@ -21,16 +21,15 @@ def verdicts(outcomes: Sequence[Outcome], kind: str) -> list[Verdict]:
         if not rows or not (small or (kind == "cuda" and outcome.cell.model in SEVENS)):
             continue
         part, shares = (0.03, (0.95, 0.95)) if small else (0.01, (0.98, 0.95))
-        found += _worst(outcome, rows, lambda row, own=outcome: selection(own, row), part, "of the plain prefill", True)
+        found += _worst(outcome, [(row, selection(outcome, row)) for row in rows], part, "of the plain prefill", True)
         for early, share in zip((True, False), shares, strict=True):
-            same = [row for row in rows if _at_input(row) == early]
+            same = [(row, row.share.median if row.share else None) for row in rows if _at_input(row) == early]
             sites = "at the input" if early else "in the tower or decoder"
-            found += _worst(outcome, same, _share, share, f"of random pruning's speed, {sites}", False)
+            found += _worst(outcome, same, share, f"of random pruning's speed, {sites}", False)
         plain = outcome.plain
         if plain is not None and plain.peak_mb and not small:
-            found += _worst(
-                outcome, rows, lambda row, top=plain.peak_mb: row.peak_mb / top, 1.0, "of plain's peak", True
-            )
+            peaks = [(row, row.peak_mb / plain.peak_mb) for row in rows]
+            found += _worst(outcome, peaks, 1.0, "of plain's peak", True)
     return found
 
 
@@ -43,22 +42,13 @@ def selection(outcome: Outcome, row: Row) -> float | None:
 
 
 def _worst(
-    outcome: Outcome,
-    rows: Sequence[Row],
-    value: Callable[[Row], float | None],
-    limit: float,
-    measure: str,
-    at_most: bool,
+    outcome: Outcome, figures: Sequence[tuple[Row, float | None]], limit: float, measure: str, at_most: bool
 ) -> list[Verdict]:
-    figures = [(own, row.name) for row in rows if (own := value(row)) is not None]
-    if not figures:
+    known = [(figure, row.name) for row, figure in figures if figure is not None]
+    if not known:
         return []
-    figure, name = (max if at_most else min)(figures, key=lambda own: own[0])
+    figure, name = (max if at_most else min)(known, key=lambda own: own[0])
     return [Verdict(f"{outcome.cell.title}: {name}", measure, figure, limit, at_most)]
-
-
-def _share(row: Row) -> float | None:
-    return None if row.share is None else row.share.median
 
 
 def _at_input(row: Row) -> bool:

@@ -20,7 +20,7 @@ from vtok.geometry import inputs_of
 from vtok.protocol import Adapter
 
 LEAST = 3
-"""Rounds of a contest that runs at all."""
+"""Rounds of a contest, unless the whole run's time is over: then one."""
 
 
 @dataclass
@@ -104,7 +104,7 @@ def run(
         For everything. Every contest gets an equal part of what is left; one that starts when nothing is left is left
         out and says so.
     repeats : int
-        Rounds of a contest, at most; at least three, where it runs at all.
+        Rounds of a contest, at most; at least three while there is time, and one where it runs at all.
     new_tokens, prompt_tokens : int
         As for ``vtok bench``.
     clock : {"wall", "cpu"}
@@ -113,7 +113,7 @@ def run(
     end = None if minutes is None else time.monotonic() + 60 * minutes
     name, model = "", None
     for number, cell in enumerate(plan):
-        if end is not None and time.monotonic() >= end:
+        if _over(end):
             yield Outcome(cell, note=f"left out: {minutes:g} minutes are over")
             continue
         if cell.model != name:
@@ -126,7 +126,8 @@ def run(
         until = None if end is None else time.monotonic() + (end - time.monotonic()) / (len(plan) - number)
         outcome = Outcome(cell)
         try:
-            _contest(outcome, model, inputs, options.names_of(methods, model), until, repeats, new_tokens, clock)
+            names = options.names_of(methods, model)
+            _contest(outcome, model, inputs, names, (until, end), repeats, new_tokens, clock)
         except torch.OutOfMemoryError as error:
             outcome.rows, outcome.note = [], f"out of memory: {str(error).splitlines()[0]}"
         yield outcome
@@ -139,17 +140,18 @@ def _contest(
     model: Any,
     inputs: Mapping[str, Any],
     methods: Sequence[Any],
-    until: float | None,
+    until: tuple[float | None, float | None],
     repeats: int,
     new_tokens: int,
     clock: str,
 ) -> None:
+    """Rounds until the contest's part of the time is over, and until all of it is: then three rounds, or one."""
     adapter = adapter_of(model)
     contenders, refused = line_up(model, adapter, inputs, methods, check_keep(outcome.cell.keep), _nothing)
     # the line-up has run every prefill once: what is left to warm up is decoding, on one of them
     timed_round(model, adapter, inputs, contenders[:1], 0, new_tokens, clock, _nothing)
     for turn in range(repeats):
-        if turn >= LEAST and until is not None and time.monotonic() >= until:
+        if (turn >= LEAST and _over(until[0])) or (turn >= 1 and _over(until[1])):
             break
         for row, times in timed_round(model, adapter, inputs, contenders, turn, new_tokens, clock, _nothing):
             for phase, own in times.items():
@@ -158,7 +160,7 @@ def _contest(
     rows = [contender.row for contender in contenders]
     compare(rows)
     outcome.rows = rows + refused
-    if outcome.cell.graphs and model.device.type == "cuda":
+    if outcome.cell.graphs and model.device.type == "cuda" and not _over(until[1]):
         _graphs(outcome, model, adapter, inputs, contenders)
 
 
@@ -176,6 +178,10 @@ def _graphs(
             lines = str(error).strip().splitlines()
             outcome.note = f"no graph of {contender.row.name}: {type(error).__name__}: {lines[0] if lines else ''}"
             torch.cuda.synchronize()
+
+
+def _over(end: float | None) -> bool:
+    return end is not None and time.monotonic() >= end
 
 
 def _nothing(steps: int) -> None:

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def ceilings(watch: CallClock, dtypes: tuple[str, ...], *, quick: bool = False) 
     n = 64 if quick else 8192 if on_gpu else 1024
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=watch.device).to(DTYPES[dtype]) for _ in range(2))
-        rate[dtype] = 2 * n**3 / _best(watch, lambda a=a, b=b: a @ b)
+        rate[dtype] = 2 * n**3 / _best(watch, partial(torch.mm, a, b))
     few = torch.ones(64, device=watch.device)
     launch = statistics.median(watch.ms(lambda: few + 1, 1 if on_gpu else 1000) for _ in range(20))
     return Ceilings(bandwidth, rate, launch)

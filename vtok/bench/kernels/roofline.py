@@ -41,21 +41,27 @@ def picture(rows: Sequence[Row], top: Ceilings, title: str) -> str:
         *_roofs(x, y, top, min(xs) / 1.5, max(xs) * 1.5, min(ys) / 2),
     ]
     names = list(dict.fromkeys(row.operator for row in drawn))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     for px, py, row in points:
-        fill = colours[row.operator] if row.chosen else "#fff"
         reached = f"{row.ms.median:.3g} ms, {100 * (row.share or 0):.0f}% of the limit" if row.ms else ""
-        parts.append(
-            f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="5" fill="{fill}" fill-opacity="0.8" '
-            f'stroke="{colours[row.operator]}" stroke-width="1.5"><title>'
-            f"{escape(f'{row.operator} {row.size} {row.dtype} {row.backend}: {reached}')}</title></circle>"
-        )
+        told = f"{row.operator} {row.size} {row.dtype} {row.backend}: {reached}"
+        parts.append(_mark(names.index(row.operator), x(px), y(py), row.chosen, told))
     for i, name in enumerate(names):
         level = TOP + 18 * i + 6
-        parts.append(f'<circle cx="{RIGHT + 22}" cy="{level - 4}" r="5" fill="{colours[name]}"/>')
+        parts.append(_mark(i, RIGHT + 22, level - 4, True))
         parts.append(_text(name, RIGHT + 34, level))
     parts.append(_text("full: what serves here; ring: others", RIGHT + 14, BOTTOM, size=11))
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _mark(number: int, x: float, y: float, full: bool, told: str = "") -> str:
+    """A dot, and a square where the colours come round again."""
+    colour = COLOURS[number % len(COLOURS)]
+    corner = 5 if number < len(COLOURS) else 1
+    title = f"<title>{escape(told)}</title>" if told else ""
+    return (
+        f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" rx="{corner}" class="mark" fill-opacity="0.8" '
+        f'fill="{colour if full else "#fff"}" stroke="{colour}" stroke-width="1.5">{title}</rect>'
+    )
 
 
 def _intensity(row: Row) -> float:
@@ -100,7 +106,8 @@ def _roofs(x: _Log, y: _Log, top: Ceilings, first: float, last: float, floor: fl
     highest = max(top.rate.values())
     start, knee = max(first, floor / top.bandwidth), highest / top.bandwidth
     parts.append(_line(x(start), y(start * top.bandwidth), x(knee), y(highest), "#333", 2))
-    parts.append(_text(f"copy {top.bandwidth / 1e9:.4g} GB/s", x(start) + 8, y(start * top.bandwidth) - 8))
+    middle = math.sqrt(start * knee)
+    parts.append(_text(f"copy {top.bandwidth / 1e9:.4g} GB/s", x(middle) - 8, y(middle * top.bandwidth) - 4, "end"))
     for name, rate in top.rate.items():
         parts.append(_line(x(rate / top.bandwidth), y(rate), x(last), y(rate), "#333", 2))
         parts.append(_text(f"matmul {name} {_rated(rate)}", x(last), y(rate) - 6, "end"))
@@ -108,7 +115,7 @@ def _roofs(x: _Log, y: _Log, top: Ceilings, first: float, last: float, floor: fl
 
 
 def _rated(value: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"

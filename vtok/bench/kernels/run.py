@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ def _line_up(case: Case, watch: CallClock, top: Ceilings, compile: bool, baselin
     for backend in kernels.available(watch.device)[case.operator]:
         with kernels.use(backend):
             function = kernels.get(case.operator, watch.device)
-        contender = Contender(row(backend), lambda function=function: case.call(function), backend)
+        contender = Contender(row(backend), partial(case.call, function), backend)
         contender.row.chosen = function is chosen
         found.append(contender)
     if compile:
