@@ -27,7 +27,7 @@ from vtok.bench.kernels.run import RATIOS, Outcome, Row, operators_of, run
 from vtok.errors import VtokError
 from vtok.progress import progress
 
-WIDTH = 168
+WIDTH = 200
 LEGEND = (
     "ms: median (smallest, largest). limit: what the bytes and operations that nobody can do without take at the "
     "measured ceilings; share: limit over ms. Speed-ups are over plain torch (the reference), torch.compile of it and "
