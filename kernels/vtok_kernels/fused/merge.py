@@ -215,7 +215,7 @@ def pour(
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dst: Tensor, n_out: int, count: int, *given: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dst: Tensor, n_out: int, count: int, *given: Any) -> tuple[Tensor, ...]:
         """given: `count` means, their weights, the sums."""
         means, weights, sums = given[:count], given[count : 2 * count], given[2 * count :]
         found, totals, starts = pour(dst, n_out, means, weights, sums, save=True)
