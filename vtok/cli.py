@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from vtok.errors import VtokError
 
@@ -23,6 +24,13 @@ from vtok.errors import VtokError
 ELSEWHERE = {"bench": "vtok.bench.app:app", "eval": "vtok_eval.harness:command", "tune": "vtok_eval.tune:command"}
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+class Single(TyperCommand):
+    """A command of its own, with no group around it; a ``VtokError`` is told as in ``vtok``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        return _told(super().invoke, ctx)
 
 
 class Group(TyperGroup):
@@ -44,11 +52,15 @@ class Group(TyperGroup):
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except VtokError as error:
-            Console(stderr=True, soft_wrap=True).print(Text(f"Error: {error}", style="red"))
-            raise typer.Exit(2) from None
+        return _told(super().invoke, ctx)
+
+
+def _told(invoke: Callable[[Any], Any], ctx: Any) -> Any:
+    try:
+        return invoke(ctx)
+    except VtokError as error:
+        Console(stderr=True, soft_wrap=True).print(Text(f"Error: {error}", style="red"))
+        raise typer.Exit(2) from None
 
 
 app = typer.Typer(
@@ -63,6 +75,19 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the ``vtok`` command."""
     app()
+
+
+def alone(command: Callable[..., None]) -> None:
+    """Run one function as a command, as ``python -m vtok_eval.train`` does.
+
+    Parameters
+    ----------
+    command : callable
+        With typer's annotations. A ``VtokError`` becomes one red sentence and exit code 2.
+    """
+    single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+    single.command(cls=Single)(command)
+    single()
 
 
 def _exists(name: str) -> bool:

@@ -255,7 +255,7 @@ def test_hints_are_what_a_question_has_to_find() -> None:
     maps = labels(_seen(), 6, 6, (0, 0, 6, 6))
 
     def found(task: str, question: str, answer: str, truth: list[Any]) -> list[tuple[int, dict[str, int]]]:
-        return hints.targets(Turn(task, ids(question), ids(answer)), truth)
+        return hints.targets(Turn(task, ids(question), ids(answer)), truth, 2)
 
     place = {"first": 1, "count": 1, "across": 0, "down": 0}
     assert found("exists", "is there a cat in the picture?", "yes", [maps]) == [(3, place)]
@@ -267,9 +267,12 @@ def test_hints_are_what_a_question_has_to_find() -> None:
     both = found("multi", "do both pictures have a cat?", "no", [maps, empty])
     assert both == [(5, {"first": 1, "second": 0})]
     (where,) = found("objects", "what is on the left?", "cat", [maps])
-    assert where == (len(ids("what is on the left")) - 1, {"thing": THINGS.index("cat")})
-    (read,) = found("text", "read the word.", "abc", [maps])
-    assert read == (2, {"character": CHARACTERS.index("a")})
+    assert where[0] == len(ids("what is on the left")) - 1
+    assert hints._answers[where[1]["answer"]] == ids("cat")
+    read = found("text", "read the word.", "abc", [maps])
+    # before the mark, at the last of two tokens between, and at each character but the last: the one that follows
+    assert [place for place, _ in read] == [2, 5, 6, 7]
+    assert [hints._answers[own["answer"]] for _, own in read] == [ids("a"), *([token] for token in ids("abc"))]
 
 
 @pytest.mark.grad

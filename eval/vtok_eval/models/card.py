@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vtok.cli import alone
 from vtok.errors import VtokError
 from vtok_eval.render.markdown import summary_markdown, table
 
@@ -29,7 +30,7 @@ CLIP's first norm is made to do nothing (`vtok_eval/models/surgery.py`).""",
     "nano-qwen": """\
 `Qwen2_5_VLForConditionalGeneration` of transformers: native resolution between 448 x 448 and 476 x 476 pixels in any
 aspect ratio, 2x2 merger, windows of 112 pixels in every other of 6 layers of width 384, M-RoPE; a language model of 12
-layers of width 128. Its tower starts as DINOv2-small's first six blocks, as far as they fit: norms and feed-forwards
+layers of width 160. Its tower starts as DINOv2-small's first six blocks, as far as they fit: norms and feed-forwards
 fold exactly, position embeddings and full attention in windowed layers have no counterpart and were learnt again
 (`vtok_eval/models/surgery.py`).""",
 }
@@ -94,8 +95,8 @@ def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
         f"transformers {results['machine']['transformers']}.",
         summary_markdown(results).rstrip(),
         "## Training",
-        f"`{command}`; the log is beside this card. Scenes are drawn on the fly, so no scene comes twice.",
-        "\n".join(table(["stage", "batches of 8", "last loss", "right at the end, %"], stages)),
+        f"`{command}`; the log is beside this card. Scenes are drawn on the fly: no picture comes twice.",
+        "\n".join(table(["stage", "batches", "last loss", "right at the end, %"], stages)),
         "## Licences",
         LICENCES,
     ]
@@ -143,4 +144,4 @@ def command(
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    alone(command)

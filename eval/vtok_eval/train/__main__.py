@@ -7,9 +7,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.text import Text
 
+from vtok.cli import alone
 from vtok.errors import VtokError
 
 MODELS = ("nano-llava", "nano-qwen", "small-llava")
@@ -29,22 +28,18 @@ def command(
     """Train an embedded model; interrupted, the same command goes on."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = out or Path("runs") / model
-    try:
-        if model in MODELS[:2]:
-            from vtok_eval.train import nano
+    if model in MODELS[:2]:
+        from vtok_eval.train import nano
 
-            nano.run(model, folder, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
-        elif model == "small-llava":
-            from vtok_eval.train import small
+        nano.run(model, folder, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
+    elif model == "small-llava":
+        from vtok_eval.train import small
 
-            small.train(folder, scale=scale, seed=seed, device=place, workers=workers, resume=resume)
-        else:
-            raise VtokError(f"there is no recipe for {model!r}; known are {', '.join(MODELS)}")
-    except VtokError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"Error: {error}", style="red"))
-        raise typer.Exit(2) from None
+        small.train(folder, scale=scale, seed=seed, device=place, workers=workers, resume=resume)
+    else:
+        raise VtokError(f"there is no recipe for {model!r}; known are {', '.join(MODELS)}")
     typer.echo(f"wrote {folder}")
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    alone(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,10 @@ class Scenes(Dataset):
         question.
     pixels : bool
         ``False`` leaves out what only a tower needs.
+    kinds : mapping of str to float, optional
+        How often each kind of scene is drawn; ``KINDS`` by default.
+    rare : mapping of str to float, optional
+        Of these tasks' questions only such a share is asked.
     reuse : int
         Batches in a row that show the same scenes and ask anew: drawing is a third of a step that runs no tower.
     """
@@ -101,11 +106,14 @@ class Scenes(Dataset):
         crowds: float = 0.0,
         lists: float = 0.0,
         pixels: bool = True,
+        kinds: Mapping[str, float] | None = None,
+        rare: Mapping[str, float] | None = None,
         reuse: int = 1,
     ) -> None:
         self.name, self.processor, self.size, self.steps = name, processor, size, steps
         self.seed, self.questions, self.pairs, self.crowds = seed, questions, pairs, crowds
-        self.lists, self.pixels, self.reuse = lists, pixels, reuse
+        self.lists, self.pixels, self.rare, self.reuse = lists, pixels, rare or {}, reuse
+        self.kinds = kinds or KINDS
         self._tokens: dict[str, list[int]] = {}
         self._drawn: tuple[int, list[list[Any]]] = (-1, [])
 
@@ -124,7 +132,7 @@ class Scenes(Dataset):
                 asked = scenes.pair_questions(own[0], own[1], rng, limit=self.questions)
             else:
                 asked = scenes.questions(own[0], rng) + scenes.questions(own[0], rng)  # other words, other negatives
-                asked = asked[: self.questions]
+                asked = [qa for qa in asked if rng.random() < self.rare.get(qa.task, 1)][: self.questions]
             turns.append([Turn(qa.task, self._ids(qa.question), self._ids(qa.answer)) for qa in asked])
             if not asked or (len(own) == 1 and rng.random() < self.lists):
                 turns[-1].append(Turn("list", self._ids(LIST), self._ids(listed(own[0]))))
@@ -140,7 +148,7 @@ class Scenes(Dataset):
         """The scenes of a batch, one or two an item."""
         if rng.random() < self.pairs:
             return [list(scenes.pair(rng)) for _ in range(self.size // 2)]
-        kinds, shares = list(KINDS), list(KINDS.values())
+        kinds, shares = list(self.kinds), list(self.kinds.values())
         return [
             [crowd(rng) if rng.random() < self.crowds else scenes.make(rng.choices(kinds, shares)[0], rng)]
             for _ in range(self.size)

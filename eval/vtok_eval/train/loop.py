@@ -96,7 +96,8 @@ def train(
         model.load_state_dict(saved["model"])
         if saved["step"] >= stage.steps:
             return
-        optimizer.load_state_dict(saved["optimizer"])
+        if "optimizer" in saved:  # not where the weights come from elsewhere
+            optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     rates = [rate for _, rate in stage.groups for _ in range(2)]
     batches: Iterable[Any] = DataLoader(

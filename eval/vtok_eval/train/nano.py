@@ -22,6 +22,14 @@ from vtok_eval.train.tower import Tower, matmul_patches
 
 #: pictures in a batch of each stage, batches, and peak learning rates
 _SYMBOLS = {"size": 16, "steps": 2600, "rate": 2e-3, "sparse": (0.6, 0.2), "crowds": 0.3, "questions": 20, "layers": 4}
+# what is learnt by then is asked less, and what is looked up by its place, its size or its order more
+_LOOKUPS = _SYMBOLS | {"steps": 900, "rate": 1.5e-3, "rare": {"exists": 0.15, "colour": 0.15, "position": 0.15}}
+_READING = _LOOKUPS | {
+    "steps": 4500,
+    "crowds": 0.1,
+    "kinds": {"mixed": 0.15, "count": 0.3, "text": 0.45, "detail": 0.1},
+    "rare": {"exists": 0.1, "colour": 0.1, "position": 0.1, "objects": 0.3, "detail": 0.5},
+}
 _WORDS = {"size": 8, "steps": 300, "rate": 3e-3}
 _SPARSE = {"size": 8, "steps": 1000, "rate": 1.5e-3, "sparse": (1.0, 0.4), "crowds": 0.1}
 
@@ -29,6 +37,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-llava": {
         "tower": {"size": 8, "steps": 700, "rate": 1e-4},
         "symbols": _SYMBOLS,
+        "lookups": _LOOKUPS,
+        "reading": _READING,
         "words": _WORDS,
         "sparse": _SPARSE,
         "full": {"size": 8, "steps": 500, "rate": 1e-3},
@@ -36,6 +46,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-qwen": {
         "tower": {"size": 8, "steps": 1000, "rate": 3e-4},
         "symbols": _SYMBOLS,
+        "lookups": _LOOKUPS,
+        "reading": _READING,
         "words": _WORDS,
         "sparse": _SPARSE,
         "full": {"size": 8, "steps": 500, "rate": 1e-3},
@@ -95,6 +107,7 @@ def run(
     language += [model.model.multi_modal_projector] if name == "nano-llava" else [model.model.visual.merger]
     for stage, own in recipe.items():
         steps = max(1, round(own["steps"] * scale))
+        talk.symbols = stage in ("symbols", "lookups", "reading")
         if stage == "tower":
             trained: nn.Module = tower
             groups: list[Any] = [([tower.tower], own["rate"]), ([tower.heads], 2e-3)]
@@ -104,8 +117,8 @@ def run(
             trained, step, groups = talk, talk.align, [(language[1:], own["rate"])]
         else:
             trained, step = talk, talk.step
-            talk.sparse, talk.symbols = own.get("sparse"), stage == "symbols"
-            groups = [(language[:1] if stage == "symbols" else language, own["rate"])]
+            talk.sparse = own.get("sparse")
+            groups = [(language[:1] if talk.symbols else language, own["rate"])]
             groups += [([hints], 2e-3)] if stage != "full" else []
             if stage == "full":
                 hinted.remove()
@@ -115,7 +128,7 @@ def run(
             if stage in ("tower", "words")
             else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.15}
         )
-        mix |= {"pixels": False, "reuse": 2} if stage == "symbols" else {}
+        mix |= {"pixels": False, "reuse": 2, "rare": own.get("rare"), "kinds": own.get("kinds")} if talk.symbols else {}
         asked = own.get("questions", 10)
         data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", asked, **mix)
         plan = Stage(stage, steps, groups, step, warmup=max(1, min(200, steps // 10)))
