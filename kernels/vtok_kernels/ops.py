@@ -171,6 +171,7 @@ for _name, (_schema, _fake) in STATISTICS.items():
 
 
 def _fake_plan(x: Tensor, n: int, r: int, mask: Tensor | None, first: int, two_way: bool) -> tuple[Tensor, Tensor]:
+    n_out: Any
     if mask is None:
         n_out = n - min(r, match.merge_limit(n, first, two_way=two_way))
     else:
@@ -279,7 +280,7 @@ def _set_gather(ctx: Any, inputs: tuple, output: Any) -> None:
 
 _gather_tokens = _define("gather_tokens", "(Tensor x, Tensor index) -> Tensor", _gathered)
 _gather_tokens.register_autograd(  # type: ignore[attr-defined]
-    lambda ctx, grad: (_gather_backward(grad, *ctx.saved_tensors, ctx.shape), None), setup_context=_set_gather
+    lambda ctx, grad: (_gather_backward(grad, ctx.saved_tensors[0], ctx.shape), None), setup_context=_set_gather
 )
 trace("gather_tokens", _gather_tokens)
 

@@ -98,9 +98,9 @@ def calls(device="cpu"):
         "merge_sum": lambda: vk.merge_sum(x, dst, 2),
         "merge_mean": lambda: vk.merge_mean(x, dst, 2, sizes),
         "merge_tokens": lambda: vk.merge_tokens(dst, 2, [x], [sizes], sizes),
-        "match_tokens": lambda: vk.match_tokens(
-            x, 3, protected=1, two_way=True, bias=vk.mctf_bias(sizes, sizes), temperature=1.0
-        ).dst,
+        "match_tokens": lambda: (
+            vk.match_tokens(x, 3, protected=1, two_way=True, bias=vk.mctf_bias(sizes, sizes), temperature=1.0).dst
+        ),
         "cosine_scores": lambda: vk.cosine_scores(x),
         "mctf_scores": lambda: vk.mctf_scores(x, sizes, sizes),
         "bipartite_match": lambda: vk.bipartite_match(scores, 3, protected=protected, two_way=True).dst,

@@ -302,7 +302,8 @@ def received_attention(
     heads, places, width = q.shape[1:] if q.dim() == 4 else (0, 0, 0)
     shaped = _fits(key_mask, (batch, n)) and _fits(query_mask, (batch, places)) and block >= 1
     causal = query_positions is not None
-    if not _covered(q, k) or not shaped or (causal and tuple(query_positions.shape) != (batch, places)):
+    placed = query_positions is None or tuple(query_positions.shape) == (batch, places)
+    if not _covered(q, k) or not shaped or not placed:
         return reference("received_attention")(
             q, k, scale=scale, key_mask=key_mask, query_mask=query_mask, query_positions=query_positions, block=block
         )
@@ -311,7 +312,7 @@ def received_attention(
     rows = places * group
     keys_on = _nothing(q, 3) if key_mask is None else key_mask[:, None]
     queries_on = _nothing(q, 2) if query_mask is None else query_mask
-    positions = query_positions if causal else _nothing(q, 2)
+    positions = _nothing(q, 2) if query_positions is None else query_positions
     lse, splits = _lse(q, k, scale, keys_on, 0 if key_mask is None else SHARED.value, positions, causal)
 
     # Tiles of queries stream here, twice as large as those of keys: a third stage would not fit 99 KB.

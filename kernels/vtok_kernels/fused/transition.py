@@ -44,17 +44,16 @@ def _transition_kernel(
 def transition(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`vtok_kernels.transition` in one launch that reads x and y once."""
     known = {x.dtype, y.dtype} <= {torch.float32, torch.float16, torch.bfloat16}
-    masked = mask is not None
-    fits = not masked or (mask.dtype == torch.bool and mask.shape == x.shape[:2])
+    fits = mask is None or (mask.dtype == torch.bool and mask.shape == x.shape[:2])
     if not known or not fits or x.dim() != 3 or x.shape != y.shape or x.numel() == 0:
         return reference("transition")(x, y, mask)
     batch, n, width = x.shape
     magnitude, direction = (torch.empty(batch, n, dtype=torch.float32, device=x.device) for _ in range(2))
-    on = mask if masked else x[:, :, 0]
+    on = x[:, :, 0] if mask is None else mask
     # 4,096 channels are one block of 8 loads of 16 bytes a thread; wider rows loop.
     block = min(next_power(width), 4096)
     _transition_kernel[(batch * n,)](
         x, y, on, magnitude, direction, n, width, *x.stride(), *y.stride(), *on.stride(),
-        MASKED=masked, BLOCK_D=block, num_warps=max(1, min(8, block // 256)),
+        MASKED=mask is not None, BLOCK_D=block, num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip
     return magnitude, direction
