@@ -1,6 +1,6 @@
 """Greedy selection in CUDA C++ (csrc/greedy.cu), on Triton's products of all tokens.
 
-Priority 1, below Triton's 2: not timed against it on a GPU yet. ``VTOK_KERNELS=cuda`` or ``use("cuda")`` asks for it.
+On request only (``VTOK_KERNELS=cuda`` or ``use("cuda")``): it has not run on a GPU yet.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def _pick(x: Tensor, k: int, first: Tensor | None, weights: Tensor | None, objec
     return picks
 
 
-@register("farthest_first", "cuda", devices=("cuda",), priority=1)
+@register("farthest_first", "cuda", devices=("cuda",), priority=-2)
 @torch.no_grad()
 def farthest_first(
     x: Tensor, k: int, *, weights: Tensor | None = None, first: Tensor | None = None, sort: bool = True
@@ -54,7 +54,7 @@ def farthest_first(
     return _pick(x, k, first, weights, "far", sort)
 
 
-@register("max_sum", "cuda", devices=("cuda",), priority=1)
+@register("max_sum", "cuda", devices=("cuda",), priority=-2)
 @torch.no_grad()
 def max_sum(x: Tensor, k: int, pivot: Tensor, *, objective: str = "sum", sort: bool = True) -> Tensor:
     """`vtok_kernels.max_sum` with one block a span."""
@@ -87,7 +87,7 @@ def plan_cluster(n: int, k: int) -> Plan:
     return Plan(blocks, width, columns, threads, resident, 4 * (fours + threads + resident * width))
 
 
-@register("dpp_map", "cuda", devices=("cuda",), priority=1)
+@register("dpp_map", "cuda", devices=("cuda",), priority=-2)
 @torch.no_grad()
 def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, *, sort: bool = True) -> Tensor:
     """`vtok_kernels.dpp_map` with one cluster of blocks a span: sm_90 and later."""
