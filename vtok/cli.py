@@ -19,8 +19,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from vtok.errors import VtokError
 
-#: sub-commands that live elsewhere: name -> "module:function", imported when asked for, absent while the module is
-ELSEWHERE = {"bench": "vtok.bench:command", "eval": "vtok_eval.harness:command", "tune": "vtok_eval.tune:command"}
+#: sub-commands that live elsewhere: name -> "module:function", or an app with sub-commands of its own; imported when
+#: asked for, absent while the module is
+ELSEWHERE = {"bench": "vtok.bench.app:app", "eval": "vtok_eval.harness:command", "tune": "vtok_eval.tune:command"}
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -41,9 +42,13 @@ class Group(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.commands and cmd_name in ELSEWHERE and _exists(cmd_name):
             module, function = ELSEWHERE[cmd_name].split(":")
-            single = typer.Typer(add_completion=False)
-            single.command(cmd_name)(getattr(importlib.import_module(module), function))
-            self.commands[cmd_name] = typer.main.get_command(single)
+            found = getattr(importlib.import_module(module), function)
+            if not isinstance(found, typer.Typer):
+                single = typer.Typer(add_completion=False)
+                single.command(cmd_name)(found)
+                found = single
+            self.commands[cmd_name] = typer.main.get_command(found)
+            self.commands[cmd_name].name = cmd_name
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:

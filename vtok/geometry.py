@@ -90,7 +90,13 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def inputs_of(
-    model: Any, image: Image.Image, prompt_tokens: int = 32, *, batch: int = 1, seed: int = 0
+    model: Any,
+    image: Image.Image,
+    prompt_tokens: int = 32,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    pixels: int | None = None,
 ) -> dict[str, Tensor]:
     """A prompt around a picture, as the model's processor would give it, with random words.
 
@@ -106,6 +112,8 @@ def inputs_of(
         Repeat the sample so often.
     seed : int
         Of the words.
+    pixels : int, optional
+        A Qwen's picture is shrunk to so many; by default to the library's million.
 
     Returns
     -------
@@ -123,7 +131,7 @@ def inputs_of(
     if prompt_tokens < 1 or batch < 1:
         raise VtokError(f"prompt_tokens={prompt_tokens}, batch={batch}: both need to be at least 1")
     config: Any = adapter.base.config
-    given = _processor(adapter.family, config)(images=image.convert("RGB"), return_tensors="pt")
+    given = _processor(adapter.family, config, pixels)(images=image.convert("RGB"), return_tensors="pt")
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and key != "batch_num_images"}
     tensors["pixel_values"] = tensors["pixel_values"].to(model.dtype)
     length = adapter.media("image", tensors)[0].length
@@ -146,12 +154,14 @@ def _words(config: Any, adapter: Any, count: int, seed: int) -> list[int]:
     return allowed[draws].tolist()
 
 
-def _processor(family: str, config: Any) -> Any:
+def _processor(family: str, config: Any, pixels: int | None = None) -> Any:
     """The family's image processor with the sizes of this model's config."""
     library: Any = transformers
     vision = config.vision_config
     if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        sizes = {key: getattr(vision, key) for key in ("patch_size", "temporal_patch_size")}
+        sizes: dict[str, Any] = {key: getattr(vision, key) for key in ("patch_size", "temporal_patch_size")}
+        if pixels is not None:
+            sizes["size"] = {"shortest_edge": 56 * 56, "longest_edge": pixels}
         statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if family == "qwen3_vl" else {}
         return library.Qwen2VLImageProcessor(**sizes, merge_size=vision.spatial_merge_size, **statistics)
     side = int(vision.image_size)

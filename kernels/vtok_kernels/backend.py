@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +24,11 @@ class _Implementation(NamedTuple):
         return device is None or self.devices is None or torch.device(device).type in self.devices
 
 
+FORCED = ("reference", "triton", "cuda")
+"""Values of the environment variable VTOK_KERNELS."""
+
 _OPERATORS: dict[str, dict[str, _Implementation]] = {}
+_TRACED: dict[str, Callable] = {}
 _requested: ContextVar[str | None] = ContextVar("vtok_kernels_backend", default=None)
 
 
@@ -43,16 +48,43 @@ def available(device: Device = None) -> dict[str, tuple[str, ...]]:
     return {name: tuple(b for b, i in kinds if i.supports(device)) for name, kinds in ranked.items()}
 
 
-def get(name: str, device: Device = None) -> Callable:
-    """Implementation of operator `name` for tensors on `device`: that of `use` where it has one, else the best."""
+def _kinds(name: str) -> dict[str, _Implementation]:
     if name not in _OPERATORS:
         raise ValueError(f"There is no operator {name!r}: choose one of {', '.join(sorted(_OPERATORS))}.")
-    kinds, backend = _OPERATORS[name], _requested.get()
-    if backend not in kinds:
+    return _OPERATORS[name]
+
+
+def _forced() -> str | None:
+    """VTOK_KERNELS, checked."""
+    backend = os.environ.get("VTOK_KERNELS") or None
+    if backend not in (None, *FORCED):
+        raise ValueError(f"VTOK_KERNELS is {backend!r}: set it to one of {', '.join(FORCED)}, or unset it.")
+    return backend
+
+
+def get(name: str, device: Device = None) -> Callable:
+    """Implementation of operator `name` for tensors on `device`.
+
+    That of `use` where it has one; else that of VTOK_KERNELS where it has one for the device; else the best.
+    """
+    kinds, backend, forced = _kinds(name), _requested.get(), _forced()
+    if backend in kinds:
+        if not kinds[backend].supports(device):
+            raise ValueError(
+                f"{backend!r} of {name!r} runs on {kinds[backend].devices}: move the tensors from {device}."
+            )
+    elif forced in kinds and kinds[forced].supports(device):
+        backend = forced
+    else:
         backend = max(kinds, key=lambda b: (kinds[b].supports(device), kinds[b].priority))
-    if not kinds[backend].supports(device):
-        raise ValueError(f"{backend!r} of {name!r} runs on {kinds[backend].devices}: move the tensors from {device}.")
+        if not kinds[backend].supports(device):
+            raise ValueError(f"Operator {name!r} runs on {kinds[backend].devices}: move the tensors from {device}.")
     return kinds[backend].function
+
+
+def reference(name: str) -> Callable:
+    """The plain-torch implementation of operator `name`, for the cases that a fused version leaves to it."""
+    return _kinds(name)["reference"].function
 
 
 @contextmanager
@@ -68,13 +100,29 @@ def use(backend: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+def trace(name: str, function: Callable) -> None:
+    """While torch.compile or torch.export look on, `function` stands for operator `name` (see `ops`)."""
+    _TRACED[name] = function
+
+
+@torch.compiler.assume_constant_result
+def _plain_asked() -> bool:
+    """Whether plain torch is to be traced. Read when a graph is made, not guarded afterwards."""
+    return (_requested.get() or _forced()) == "reference"
+
+
 def operator(reference: Callable[P, R]) -> Callable[P, R]:
     """Register `reference` under its name and return the public function, which dispatches on its first argument."""
     name, first = reference.__name__, next(iter(inspect.signature(reference).parameters))
 
     @functools.wraps(reference)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensor = args[0] if args else kwargs.get(first)
+        if torch.compiler.is_compiling():
+            function = reference if _plain_asked() else _TRACED.get(name, reference)
+            return function(*args, **kwargs)
+        tensor: object = args[0] if args else kwargs.get(first)
+        if isinstance(tensor, list | tuple) and tensor:
+            tensor = tensor[0]
         return get(name, getattr(tensor, "device", None))(*args, **kwargs)
 
     register(name, "reference", priority=0)(reference)

@@ -20,6 +20,90 @@ def _cosine_to(unit_x: Tensor, pick: Tensor) -> Tensor:
     return (unit_x @ _row(unit_x, pick).unsqueeze(-1)).squeeze(-1)
 
 
+_LARGEST_GRAM = 2**25
+"""Entries of the cosines that may be alive for one item: 128 MiB in fp32, N = 5,792. Beyond, rows when needed."""
+
+
+def _gram(unit_x: Tensor, blocks: int = 8) -> Tensor:
+    """Cosines (B, N, N), bitwise symmetric outside of the blocks on the diagonal.
+
+    Item by item, so that an item rounds in a batch as it does alone; the upper triangle in blocks of rows and its
+    mirror image: 9/16 of the operations of the whole product.
+    """
+    n = unit_x.shape[1]
+    block = max(256, -(-n // blocks))
+    gram = unit_x.new_empty(unit_x.shape[0], n, n)
+    for rows, out in zip(unit_x, gram, strict=True):
+        for start in range(0, n, block):
+            end = min(start + block, n)
+            torch.mm(rows[start:end], rows[start:].T, out=out[start:end, start:])
+            out[end:, start:end] = out[start:end, end:].T
+    return gram
+
+
+def _twins(unit_x: Tensor, block: int = 64) -> Tensor:
+    """For each token the lowest index (B, N) of a row that equals its own, by an exact 64-bit sum over the row's bits.
+
+    A product of matrices may round equal rows apart, at the edges of its blocks; who takes the twin's value ties.
+    """
+    batch, n, width = unit_x.shape
+    place = torch.arange(n, device=unit_x.device).expand(batch, n)
+    factor = torch.arange(1, width + 1, device=unit_x.device) * -0x61C8864680B583EB  # splitmix64 of the channel
+    for shift, multiplier in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        factor = (factor ^ (factor >> shift)) * multiplier
+    factor = (factor ^ (factor >> 31)) | 1
+    bits = torch.int64 if unit_x.dtype == torch.float64 else torch.int32
+    # Adding 0 makes one pattern of 0.0 and -0.0. A block of rows stays in the cache.
+    sums = [((part + 0.0).view(bits).long() * factor).sum(-1) for part in unit_x.split(block, 1)]
+    ordered, order = torch.sort(torch.cat(sums, 1), dim=1, stable=True)
+    opens = torch.ones_like(ordered, dtype=torch.bool)
+    opens[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    opener = torch.where(opens, place, 0).cummax(1).values
+    return torch.empty_like(order).scatter_(1, order, order.gather(1, opener))
+
+
+class _Rows:
+    """Cosines to one token after another, each row made when it is asked for."""
+
+    def __init__(self, unit_x: Tensor) -> None:
+        self.unit_x = unit_x
+
+    def to(self, pick: Tensor) -> Tensor:
+        return _cosine_to(self.unit_x, pick)
+
+    def nearest_other(self) -> Tensor:
+        return _nearest_other(self.unit_x)
+
+
+class _GramRows:
+    """Cosines to one token after another, from one product of matrices."""
+
+    def __init__(self, unit_x: Tensor) -> None:
+        self.gram, self.twin = _gram(unit_x), _twins(unit_x)
+        self.item = torch.arange(unit_x.shape[0], device=unit_x.device)
+
+    def to(self, pick: Tensor) -> Tensor:
+        row = self.gram[self.item, self.twin.gather(1, pick[:, None]).squeeze(1)]
+        return row.gather(1, self.twin)
+
+    def nearest_other(self) -> Tensor:
+        itself = self.gram.diagonal(dim1=1, dim2=2)
+        held = itself.clone()
+        itself.fill_(-torch.inf)
+        highest = self.gram.amax(-1)
+        itself.copy_(held)
+        return (1 - highest).clamp_min(0).gather(1, self.twin)
+
+
+def _cosines(unit_x: Tensor, k: int, every: bool = False) -> _Rows | _GramRows:
+    """The cheaper source of k rows; `every`: each token's nearest other one is needed, too.
+
+    A row alone is bound by memory (all of x), the product by arithmetic, which costs some 15 times less a row.
+    """
+    n = unit_x.shape[1]
+    return _GramRows(unit_x) if n * n <= _LARGEST_GRAM and (every or n <= 15 * k) else _Rows(unit_x)
+
+
 def _greedy(first: Tensor, n: int, k: int, score: Callable[[Tensor, int], Tensor], sort: bool) -> Tensor:
     """Pick `first` (B,), then k - 1 times the argmax of score(last pick, picks so far) among what is not picked."""
     picks = [first]
@@ -44,12 +128,21 @@ def _nearest_other(unit_x: Tensor, block: int = 256) -> Tensor:
     return (1 - torch.cat(parts, 1)).clamp_min(0)
 
 
-def _check(x: Tensor, k: int, **per_token: Tensor | None) -> None:
+def _nothing(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[0], 0, dtype=torch.long, device=x.device)
+
+
+def check_selection(
+    x: Tensor, k: int, *, first: Tensor | None = None, name: str = "first", **per_token: Tensor | None
+) -> None:
+    """Raise unless the arguments of a greedy selector fit: x (B, N, D), 0 <= k <= N, first (B,), others (B, N)."""
     check_tokens("x", x, 3, "(B, N, D)")
     check_count(k, x.shape[1])
-    for name, tensor in per_token.items():
+    if first is not None:
+        check_shape(name, first, (x.shape[0],))
+    for key, tensor in per_token.items():
         if tensor is not None:
-            check_shape(name, tensor, (x.shape[0], x.shape[1]))
+            check_shape(key, tensor, (x.shape[0], x.shape[1]))
 
 
 @operator
@@ -61,8 +154,8 @@ def farthest_first(
 
     With `weights` and `first`: ZOO-Prune (arXiv 2509.24837).
 
-    Each step picks the token whose distance to the nearest picked token is largest. One row of cosines a pick, a
-    running minimum between them; never the N x N map.
+    Each step picks the token whose distance to the nearest picked token is largest: a row of cosines and a running
+    minimum a pick.
 
     Parameters
     ----------
@@ -87,16 +180,18 @@ def farthest_first(
     ValueError
         If shapes do not fit or k is out of range.
     """
-    _check(x, k, weights=weights)
+    check_selection(x, k, first=first, weights=weights)
+    if k == 0:
+        return _nothing(x)
     unit_x = unit(x)
     factor = unit_x.new_ones(()) if weights is None else weights.to(unit_x.dtype)
+    cosines = _cosines(unit_x, k, every=first is None)
     if first is None:
-        first = (_nearest_other(unit_x) * factor).argmax(1)
-    check_shape("first", first, (x.shape[0],))
+        first = (cosines.nearest_other() * factor).argmax(1)
     nearest = unit_x.new_full(x.shape[:2], torch.inf)
 
     def score(pick: Tensor, _: int) -> Tensor:
-        torch.minimum(nearest, (1 - _cosine_to(unit_x, pick)).clamp_min(0), out=nearest)
+        torch.minimum(nearest, (1 - cosines.to(pick)).clamp_min(0), out=nearest)
         return nearest * factor
 
     return _greedy(first, x.shape[1], k, score, sort)
@@ -133,16 +228,18 @@ def max_sum(x: Tensor, k: int, pivot: Tensor, *, objective: str = "sum", sort: b
     ValueError
         If shapes do not fit, k is out of range, or the objective is unknown.
     """
-    _check(x, k)
-    check_shape("pivot", pivot, (x.shape[0],))
+    check_selection(x, k, first=pivot, name="pivot")
     if objective not in ("sum", "min"):
         raise ValueError(f"There is no objective {objective!r}: choose 'sum' (max-sum) or 'min' (k-center).")
+    if k == 0:
+        return _nothing(x)
     unit_x = unit(x)
+    cosines = _cosines(unit_x, k)
     similarity = unit_x.new_full(x.shape[:2], 0.0 if objective == "sum" else -torch.inf)
     accumulate = torch.add if objective == "sum" else torch.maximum
 
     def score(pick: Tensor, _: int) -> Tensor:
-        accumulate(similarity, _cosine_to(unit_x, pick), out=similarity)
+        accumulate(similarity, cosines.to(pick), out=similarity)
         return -similarity
 
     return _greedy(pivot, x.shape[1], k, score, sort)
@@ -154,7 +251,7 @@ def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, *, sort: bool = 
     """Greedy MAP of the determinantal point process K = diag(r) cos diag(r) (CDPruner, arXiv 2506.10967).
 
     Each step picks the token that multiplies det(K_S) most, its residual d^2 in an incremental Cholesky
-    factorisation. Rows of K are made when needed; memory is (B, k, N).
+    factorisation.
 
     Parameters
     ----------
@@ -178,9 +275,12 @@ def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, *, sort: bool = 
     ValueError
         If shapes do not fit or k is out of range.
     """
-    _check(x, k, relevance=relevance)
+    check_selection(x, k, relevance=relevance)
+    if k == 0:
+        return _nothing(x)
     unit_x = unit(x)
     batch, n, _ = x.shape
+    cosines = _cosines(unit_x, k)
     r = unit_x.new_ones(batch, n) if relevance is None else relevance.to(unit_x.dtype)
     # The diagonal is r^2 by construction; the rounded squares of unit rows would decide between equals.
     diagonal = torch.where((unit_x != 0).any(-1), r * r, 0.0)
@@ -190,7 +290,7 @@ def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, *, sort: bool = 
 
     def score(pick: Tensor, step: int) -> Tensor:
         column = pick[:, None]
-        kernel_row = r.gather(1, column) * r * _cosine_to(unit_x, pick)
+        kernel_row = r.gather(1, column) * r * cosines.to(pick)
         earlier = factors[:, : step - 1]
         explained = earlier.gather(2, column[:, None].expand(-1, step - 1, 1)).transpose(1, 2) @ earlier
         pivot = residual.gather(1, column)

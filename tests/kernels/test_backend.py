@@ -14,7 +14,7 @@ def registry(monkeypatch):
 
 
 def test_reference_serves_by_default_and_on_request():
-    assert all(kinds[-1] == "reference" for kinds in vk.available().values())
+    assert all(kinds[0] == "reference" for kinds in vk.available("cpu").values())
     with vk.use("reference"):
         assert vk.topk(torch.tensor([[1.0, 3.0, 2.0]]), 2).tolist() == [[1, 2]]
 
@@ -85,6 +85,7 @@ def calls(device="cpu"):
             heads, heads, scale=0.5, key_mask=on, query_mask=on, query_positions=positions, block=3
         ),
         "value_similarity": lambda: vk.value_similarity(heads, heads[:, :, 0], mask=on),
+        "transition": lambda: vk.transition(x, x.flip(1), on),
         "topk": lambda: vk.topk(rows, 3),
         "keep_mask": lambda: vk.keep_mask(index, 8),
         "farthest_first": lambda: vk.farthest_first(x, 4, weights=sizes),
@@ -92,9 +93,14 @@ def calls(device="cpu"):
         "dpp_map": lambda: vk.dpp_map(x, 4, sizes),
         "gather_tokens": lambda: vk.gather_tokens(x, index),
         "scatter_tokens": lambda: vk.scatter_tokens(x, positions, 9, on),
+        "compact": lambda: vk.compact([x, on, positions], index),
         "left_compact": lambda: vk.left_compact(on, 6),
         "merge_sum": lambda: vk.merge_sum(x, dst, 2),
         "merge_mean": lambda: vk.merge_mean(x, dst, 2, sizes),
+        "merge_tokens": lambda: vk.merge_tokens(dst, 2, [x], [sizes], sizes),
+        "match_tokens": lambda: (
+            vk.match_tokens(x, 3, protected=1, two_way=True, bias=vk.mctf_bias(sizes, sizes), temperature=1.0).dst
+        ),
         "cosine_scores": lambda: vk.cosine_scores(x),
         "mctf_scores": lambda: vk.mctf_scores(x, sizes, sizes),
         "bipartite_match": lambda: vk.bipartite_match(scores, 3, protected=protected, two_way=True).dst,

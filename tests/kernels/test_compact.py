@@ -19,6 +19,22 @@ def test_gather_and_scatter_are_inverse(trailing):
     assert torch.equal(vk.scatter_tokens(gathered, index, 6), x * kept)
 
 
+def test_several_tensors_move_as_each_does_alone():
+    torch.manual_seed(0)
+    x, table, mask = torch.randn(2, 6, 3), torch.randn(1, 6, 2), torch.rand(2, 6) < 0.5
+    index = torch.tensor([[0, 3], [1, 5]])
+    found = vk.compact([x, table, mask], index)
+    assert torch.equal(found[0], vk.gather_tokens(x, index))
+    assert torch.equal(found[1], table[0][index])
+    assert torch.equal(found[2], mask.gather(1, index))
+    cache = torch.zeros(2, 5, 3)
+    place = cache[:, :2]
+    assert vk.compact([x], index, out=[place])[0] is place
+    assert torch.equal(cache[:, :2], found[0])
+    vk.compact([x], index, out=[x[:, :2]])
+    assert torch.equal(x[:, :2], found[0])
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
 def test_left_compaction_round_trip(rows):
@@ -56,6 +72,8 @@ def test_every_dtype_moves(dtype):
     [
         (lambda: vk.gather_tokens(torch.zeros(2, 3), torch.zeros(1, 3).long()), "do not fit"),
         (lambda: vk.scatter_tokens(torch.zeros(1, 2, 3), torch.zeros(1, 3).long(), 4), "do not fit"),
+        (lambda: vk.compact([torch.zeros(2, 3)], torch.zeros(3, 3).long()), "do not fit"),
+        (lambda: vk.compact([torch.zeros(1, 3)], torch.zeros(1, 2).long(), out=[torch.zeros(1, 3)]), "same dtypes"),
         (lambda: vk.left_compact(torch.zeros(1, 3), 2), "bool mask is needed"),
         (lambda: vk.left_compact(torch.zeros(1, 3).bool(), 4), "k must lie between"),
     ],

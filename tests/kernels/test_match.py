@@ -116,6 +116,43 @@ def test_mctf_scores_stay_finite_where_attention_is_masked_and_tokens_are_opposi
         assert scores.dtype == torch.float32
 
 
+@pytest.mark.parametrize("two_way", [False, True])
+def test_matching_tokens_is_matching_by_their_scores(two_way):
+    torch.manual_seed(0)
+    x, a, s = torch.randn(2, 11, 5), torch.rand(2, 11), torch.randint(1, 4, (2, 11)).float()
+    protected, tau = torch.arange(11) < 2, (2, 20, 40)
+    found = [
+        vk.match_tokens(x, 3, protected=2, two_way=two_way),
+        vk.match_tokens(x, 3, protected=2, two_way=two_way, bias=vk.mctf_bias(a, s, tau), temperature=tau[0]),
+        vk.match_tokens(x, 3, two_way=two_way),
+    ]
+    expected = [
+        vk.bipartite_match(vk.cosine_scores(x), 3, protected=protected, two_way=two_way),
+        vk.bipartite_match(vk.mctf_scores(x, a, s, tau), 3, protected=protected, two_way=two_way),
+        vk.bipartite_match(vk.cosine_scores(x), 3, two_way=two_way),
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.dst, other.dst)
+        assert torch.equal(one.representative, other.representative)
+    assert vk.match_tokens(x, 0).n_out == 11
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+def test_a_number_protects_the_first_places(two_way):
+    for n in range(1, 9):
+        for first in range(n + 2):
+            limit = vk.merge_limit(n, torch.arange(n) < first, two_way=two_way)
+            assert vk.merge_limit(n, first, two_way=two_way) == limit
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+def test_matching_leaves_the_scores_alone(two_way):
+    scores = torch.randn(1, 4, 4)
+    before = scores.clone()
+    vk.bipartite_match(scores, 3, protected=2, two_way=two_way)
+    assert torch.equal(scores, before)
+
+
 @pytest.mark.parametrize(("m", "c"), [(11, 3), (12, 4), (5, 5), (3, 7), (9, 1), (10, 6)])
 def test_strided_merge_joins_the_most_similar_target(m, c):
     torch.manual_seed(0)
@@ -153,6 +190,12 @@ def test_matching_takes_no_gradient():
         (lambda: vk.bipartite_match(torch.zeros(1, 2, 2), 1, protected=torch.zeros(4)), "bool mask is needed"),
         (lambda: vk.mctf_scores(torch.ones(1, 4, 2), torch.ones(1, 3), torch.ones(1, 4)), "attention_received"),
         (lambda: vk.mctf_scores(torch.ones(1, 4, 2), torch.ones(1, 4), torch.ones(1, 4), (0, 1, 1)), "positive"),
+        (lambda: vk.match_tokens(torch.zeros(4, 2), 1), "is needed"),
+        (lambda: vk.match_tokens(torch.zeros(1, 4, 2), -1), "pass r >= 0"),
+        (lambda: vk.match_tokens(torch.zeros(1, 4, 2), 1, protected=-1), "how many of the first places"),
+        (lambda: vk.match_tokens(torch.zeros(1, 4, 2), 1, bias=torch.zeros(1, 3)), "bias has shape"),
+        (lambda: vk.match_tokens(torch.zeros(1, 4, 2), 1, temperature=0.0), "positive"),
+        (lambda: vk.mctf_bias(torch.zeros(1, 4), torch.zeros(1, 3)), "sizes has shape"),
         (lambda: vk.strided_merge(torch.ones(1, 4, 2), 0), "skip the merge"),
         (lambda: vk.cosine_scores(torch.ones(4, 2)), "is needed"),
     ],

@@ -143,6 +143,17 @@ def test_gradients_flow_to_members_and_weights_and_not_to_dropped_tokens():
     assert (x.grad[0, :3] != 0).all()
 
 
+def test_several_tensors_pour_as_each_does_alone():
+    torch.manual_seed(0)
+    plan = random_plan(2, 7, 4)
+    x, place, sizes, weights = torch.randn(2, 7, 3), torch.rand(2, 7, 2, 2), torch.rand(2, 7), torch.rand(2, 7)
+    (a, b), (c,) = plan.pour([x, place], [sizes], [weights, None])
+    assert torch.equal(a, plan.merge(x, weights))
+    assert torch.equal(b, plan.merge(place))
+    assert torch.equal(c, plan.sum(sizes))
+    assert torch.equal(plan.pour([place], weights=weights)[0][0], plan.merge(place, weights))
+
+
 def test_merge_attention_sums_columns_and_averages_rows():
     torch.manual_seed(0)
     plan = random_plan(3, 6, 4, drop=False)
@@ -167,6 +178,7 @@ def test_merge_attention_sums_columns_and_averages_rows():
         (lambda p: p.merge(torch.zeros(1, 4)), "does not fit a plan"),
         (lambda p: p.merge(torch.zeros(1, 3).long()), "use sum or amax"),
         (lambda p: p.merge(torch.zeros(1, 3), torch.zeros(3)), "weights has shape"),
+        (lambda p: p.pour([torch.zeros(1, 3)], weights=[None, None]), "one for each"),
         (lambda p: p.unmerge(torch.zeros(1, 3)), "2 slots"),
         (lambda p: p.then(p), "first one's output"),
         (lambda p: vk.merge_attention(p, torch.zeros(1, 1, 2, 3)), "attn has shape"),

@@ -172,7 +172,7 @@ def run(
         raise VtokError(f'clock={clock!r} is no clock for {model.device}; take "wall", or "cpu" on a CPU')
     inputs = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in inputs.items()}
     with progress_bar("counts and memory", len(methods), progress) as advance:
-        contenders, refused = _line_up(model, adapter, inputs, methods, check_keep(keep), advance)
+        contenders, refused = line_up(model, adapter, inputs, methods, check_keep(keep), advance)
     steps = (warmup + repeats) * len(contenders)
     with progress_bar("bench", steps, progress) as advance:
         for turn in range(-warmup, repeats):
@@ -180,11 +180,11 @@ def run(
                 for phase, own in times.items() if turn >= 0 else ():
                     row.times.setdefault(phase, []).append(own)
     rows = [contender.row for contender in contenders]
-    _compare(rows)
+    compare(rows)
     return rows + refused
 
 
-def _line_up(
+def line_up(
     model: Any,
     adapter: Adapter,
     inputs: Mapping[str, Any],
@@ -192,7 +192,7 @@ def _line_up(
     keep: int | float,
     advance: Callable[[int], None],
 ) -> tuple[list[Contender], list[Row]]:
-    """Who runs: an untimed prefill of each gives its counts and its memory."""
+    """Who runs, and who refuses: an untimed prefill of each gives its counts and its memory."""
     plain = Contender(Row("plain", "plain", peak_mb=prefill_peak(model, inputs) / 2**20))
     with compressed(model, "random", keep=1.0):
         model(**inputs, use_cache=False, logits_to_keep=1)
@@ -338,7 +338,7 @@ def _describe(row: Row, found: Any) -> None:
     ]
 
 
-def _compare(rows: Sequence[Row]) -> None:
+def compare(rows: Sequence[Row]) -> None:
     """Ratios of prefill times, repetition by repetition."""
     by_name = {row.name: row.times["prefill"] for row in rows if row.role != "method"}
 

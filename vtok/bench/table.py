@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from vtok.api import adapter_of, methods
+from vtok.bench import options
 from vtok.bench.contest import Row, Spread, run
 from vtok.bench.measure import machine
 from vtok.errors import VtokError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH = 176
 """Columns that the whole table takes, also where the output is no terminal."""
 NOISY = 1.25
@@ -32,6 +29,7 @@ LEGEND = (
 
 
 def command(
+    ctx: typer.Context,
     model: Annotated[
         str, typer.Option(help="Name of a geometry (random weights), or a folder with a model.")
     ] = "llava-0.5b",
@@ -55,23 +53,26 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Time methods against the plain model and against random pruning at the same budget."""
-    if dtype not in DTYPES:
-        raise VtokError(f"dtype {dtype!r} is unknown; take {', '.join(DTYPES)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise VtokError(f"there is no {device} on this machine; leave --device out")
+    if ctx.invoked_subcommand is not None:
+        sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if given:
+            raise VtokError(f"--{given[0].replace('_', '-')} belongs behind `{ctx.invoked_subcommand}`")
+        return
+    place = options.device_of(device)
     if threads is not None:
         torch.set_num_threads(threads)
     from vtok.geometry import inputs_of
 
-    loaded = _load(model, DTYPES[dtype], device)
-    inputs = inputs_of(loaded, _noise(picture), prompt_tokens, batch=batch)
-    names = _names(methods, loaded)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    loaded = options.model_of(model, options.dtype_of(dtype), place)
+    inputs = inputs_of(loaded, options.noise(picture), prompt_tokens, batch=batch)
+    names = options.names_of(methods, loaded)
+    load = options.load()
     rows = run(
         loaded,
         inputs,
         names,
-        _budget(keep),
+        options.budget_of(keep),
         repeats=repeats,
         warmup=warmup,
         new_tokens=new_tokens,
@@ -88,7 +89,7 @@ def command(
         "repeats": repeats,
         "new_tokens": new_tokens,
         "clock": clock,
-        "load before": None if load is None else round(load, 1),
+        "load before": load,
     }
     found = {"setting": setting, "rows": [row.as_dict() for row in rows]}
     if out is not None:
@@ -142,42 +143,3 @@ def _range(spread: Spread | None, spec: str, whole: bool = False) -> str:
     if spread is None:
         return ""
     return f"{spread.median:{spec}}" + (f" ({spread.low:{spec}} {spread.high:{spec}})" if whole else "")
-
-
-def _names(text: str, model: Any) -> list[str | list[str]]:
-    if text == "all":
-        return list(methods(adapter_of(model).family))
-    parts = [part.strip().split("+") for part in text.split(",") if part.strip()]
-    return [part[0] if len(part) == 1 else list(part) for part in parts]
-
-
-def _budget(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise VtokError(f"--keep {text} is no number; give tokens (64) or a share (0.25)") from None
-
-
-def _load(name: str, dtype: torch.dtype, device: str) -> Any:
-    if Path(name).is_dir():
-        from transformers import AutoModelForImageTextToText
-
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-        return loaded.to(device).eval()
-    from vtok.geometry import geometry
-
-    return geometry(name, dtype, device)
-
-
-def _noise(size: str) -> Image.Image:
-    """A picture of smooth noise: neighbouring patches are alike, as in a photo."""
-    try:
-        width, height = (int(side) for side in size.split("x"))
-    except ValueError:
-        raise VtokError(f"--picture {size} is no size; give width and height, such as 672x504") from None
-    coarse = torch.randint(0, 256, (24, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return Image.fromarray(coarse.numpy()).resize((width, height), Image.Resampling.BICUBIC)

@@ -228,17 +228,19 @@ class DenseTower(DenseFusing, DenseOutput, Tower):
             return x
         width, prefix = max(counts), self.spec.prefix
         index = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)[:, :width]
-        patches = kernels.gather_tokens(x[:, prefix:], index)
         gone = state.kept()
+        optional = [name for name in ("carry", "sizes") if getattr(state, name) is not None]
+        taps = [tap for taps in state.taps.values() for tap in taps]
+        patches, state.tokens, *moved = kernels.compact(
+            [x[:, prefix:], state.tokens, *(getattr(state, name) for name in optional), *(t[:, prefix:] for t in taps)],
+            index,
+        )
         state.counts = counts
-        state.tokens = state.tokens.gather(1, index)
-        state.carry = None if state.carry is None else state.carry.gather(1, index)
-        state.sizes = None if state.sizes is None else state.sizes.gather(1, index)
+        for name in optional:
+            setattr(state, name, moved.pop(0))
         state.dst = torch.where(gone & ~state.kept(), -1, state.dst) if not state.merged else state.dst
         for number, taps in state.taps.items():
-            state.taps[number] = [
-                torch.cat((t[:, :prefix], kernels.gather_tokens(t[:, prefix:], index)), 1) for t in taps
-            ]
+            state.taps[number] = [torch.cat((tap[:, :prefix], moved.pop(0)), 1) for tap in taps]
         return torch.cat((x[:, :prefix], patches), dim=1) if prefix else patches
 
     def _drop_padding(self, x: Tensor, state: TileState) -> Tensor:

@@ -70,12 +70,12 @@ class DenseFusing:
                 )
             sizes = torch.cat((torch.ones(len(rows), prefix, device=x.device), state.sizes[rows][:, :count]), 1)
             weights = sizes if stage.fuse.weights is None else stage.fuse.weights(view)
-            merged = plan.merge(view.features, weights.to(view.features.dtype))
+            (merged,), (summed,) = plan.pour([view.features], [sizes], weights.to(view.features.dtype))
             fused = None
             if attention is not None:
                 own = attention[rows][:, :, : prefix + count, : prefix + count]
                 fused = kernels.merge_attention(plan, own, weights)
-            parts[rows[0]] = (rows, plan, merged, plan.sum(sizes), fused)
+            parts[rows[0]] = (rows, plan, merged, summed, fused)
         return self._rebuild(number, x, state, parts, attention)
 
     def _rebuild(

@@ -124,10 +124,12 @@ class PackedFusing:
         rank = keep.cumsum(0) - 1
         plan = kernels.MergePlan(rank[slot][None], count)
         cells = x.unflatten(0, (-1, unit)).flatten(1)
-        merged = plan.merge(cells[None], weights[None].to(cells.dtype))[0].unflatten(1, (unit, -1)).flatten(0, 1)
         assert state.sizes is not None and state.place is not None
-        place = plan.merge(state.place.flatten(1)[None], state.sizes[None])[0].unflatten(1, (unit, 2))
-        sizes = plan.sum(state.sizes[None])[0]
+        own = state.sizes[None]
+        (merged, place), (sizes,) = plan.pour(
+            [cells[None], state.place.flatten(1)[None]], [own], [weights[None].to(cells.dtype), own]
+        )
+        merged, place, sizes = merged[0].unflatten(1, (unit, -1)), place[0].unflatten(1, (unit, 2)), sizes[0]
         target = torch.full_like(state.dst, -1)
         target[state.cells] = state.cells[slot]
         state.dst = torch.where(state.dst >= 0, target[state.dst.clamp_min(0)], -1)
@@ -139,7 +141,7 @@ class PackedFusing:
         state.cells, state.sizes, state.place, state.counts = state.cells[index], sizes, place, counts
         state.merged, state.carry = True, None
         state.stages.append((number, state.standing()))
-        return merged
+        return merged.flatten(0, 1)
 
     def _segments(self, state: CellState, later: int) -> tuple[list[int], list[int]]:
         """Cells of every window (or frame) now, and how many each shall be left with by this merge."""

@@ -219,7 +219,9 @@ class Prefill:
                 self.rotary[position] = self.adapter.text.rotary_emb(hidden, position_ids=ids)
             else:
                 cos, sin = given
-                self.rotary[position] = (self._relative_to_first(position, cos), self._relative_to_first(position, sin))
+                for segment in self.segments[self._first + 1 : position + 1]:
+                    cos, sin = segment.take_all((cos, sin))
+                self.rotary[position] = (cos, sin)
         return self.rotary[position]
 
     def _mask(self, position: int, hidden: Tensor) -> Any:

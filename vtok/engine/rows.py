@@ -169,11 +169,7 @@ def transition(before: Tensor, after: Tensor, mask: Tensor | None, couple_batch:
     TransPrune (arXiv 2507.20630) section 3.2 with the released code's direction term: exp(1 - cos) over the sum of
     it. The sum runs over a sample's real tokens; with ``couple_batch`` over the whole batch, as released.
     """
-    x, y = before.detach().float(), after.detach().float()
-    norm_x, norm_y = x.norm(dim=-1), y.norm(dim=-1)
-    cosine = (x * y).sum(-1) / (norm_x * norm_y).clamp_min(1e-8)
-    direction = torch.exp(1.0 - cosine)
-    if mask is not None and not couple_batch:
-        direction = direction * mask.to(direction.device)
+    counted = None if mask is None or couple_batch else mask.to(after.device)
+    magnitude, direction = kernels.transition(before, after, counted)
     total = direction.sum() if couple_batch else direction.sum(1, keepdim=True)
-    return norm_y / norm_x.clamp_min(1e-12) * direction / total
+    return magnitude * direction / total

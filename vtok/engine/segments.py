@@ -109,15 +109,16 @@ class Segment:
         rank = keep.cumsum(1)
         starts = on_device([width - size - 1 for size in lengths], device)
         columns = [rank[sample][column] + starts[sample] for sample, column in zip(samples, columns, strict=True)]
-        lost = (real & ~keep).cumsum(1).gather(1, relative)
+        lost = (real & ~keep).cumsum(1)
+        index, removed = kernels.compact([self.index, self.removed + lost], relative)
         return Segment(
             layer,
-            self.index.gather(1, relative),
+            index,
             None if all(size == width for size in lengths) else mask,
             lengths,
             columns,
             tokens,
-            self.removed.gather(1, relative) + lost,
+            removed,
             dropped,
             relative,
             self.full,
@@ -143,6 +144,12 @@ class Segment:
             return x
         index = self.relative.to(x.device)
         return kernels.gather_tokens(x.expand(index.shape[0], *x.shape[1:]), index)
+
+    def take_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`take` of several tensors of one device at once."""
+        if self.relative is None or not tensors:
+            return list(tensors)
+        return kernels.compact(tensors, self.relative.to(tensors[0].device))
 
     def from_prompt(self, x: Tensor) -> Tensor:
         """(B or 1, L, ...) per-prompt values to (B, W, ...)."""

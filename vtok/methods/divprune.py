@@ -34,7 +34,7 @@ class DivPrune(Method):
 
     def select(self, view: View, count: int) -> Tensor:
         if not self.compat:
-            return kernels.farthest_first(view.features.detach().float(), count)
+            return kernels.farthest_first(view.features.detach(), count)
         return _released(view.features.detach(), count)
 
 

@@ -51,10 +51,15 @@ class MCTF(Method):
 
     def match(self, view: TowerView, r: int) -> kernels.MergePlan:
         """Two-way matching on the product of the three criteria."""
-        protected = torch.arange(view.tokens.shape[1] + view.prefix) < view.prefix
         with torch.no_grad():
-            scores = kernels.mctf_scores(cell_features(view), self._received(view), self._sizes(view), self.tau)
-            return kernels.bipartite_match(scores, r, protected=protected, two_way=self.two_way)
+            return kernels.match_tokens(
+                cell_features(view),
+                r,
+                protected=view.prefix,
+                two_way=self.two_way,
+                bias=kernels.mctf_bias(self._received(view), self._sizes(view), self.tau),
+                temperature=self.tau[0],
+            )
 
     def weights(self, view: TowerView) -> Tensor:
         """Pooling weights: received attention times relative size, without gradient."""

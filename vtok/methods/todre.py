@@ -59,7 +59,7 @@ class ToDRE(Method):
         return first, Stage("decoder", layer, self.decide, reads=frozenset({"attention"}), floor=0)
 
     def select(self, view: View, count: int) -> Tensor:
-        return kernels.max_sum(view.features.detach().float(), count, self._pivot(view), objective=self.objective)
+        return kernels.max_sum(view.features.detach(), count, self._pivot(view), objective=self.objective)
 
     def _pivot(self, view: View) -> Tensor:
         """(G,) the token that everything starts from; of the thumbnail where there is one."""

@@ -43,6 +43,5 @@ class ToMe(Method):
 
     def match(self, view: TowerView, r: int) -> kernels.MergePlan:
         """Pour the ``r`` best matched tokens of every other position into their partners (A1.1 of the paper's D)."""
-        protected = torch.arange(view.tokens.shape[1] + view.prefix) < view.prefix
         with torch.no_grad():
-            return kernels.bipartite_match(kernels.cosine_scores(keys_metric(view)), r, protected=protected)
+            return kernels.match_tokens(keys_metric(view), r, protected=view.prefix)
