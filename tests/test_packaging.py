@@ -59,8 +59,11 @@ def _modules(wheel: zipfile.ZipFile) -> list[str]:
     return [path for path in wheel.namelist() if ".dist-info/" not in path]
 
 
-DATA = {"vtok_eval": ("data/**/*", "lmms_tasks/*.yaml", "lmms_tasks/*.jsonl", "render/page.*")}
-"""What is no code: sprites, tasks, weights, the report's style and script."""
+DATA = {
+    "vtok_eval": ("data/**/*", "lmms_tasks/*.yaml", "lmms_tasks/*.jsonl", "render/page.*"),
+    "vtok_kernels": ("csrc/*.cu",),
+}
+"""What is no Python: sprites, tasks, weights, the report's style and script, CUDA C++."""
 
 
 def test_every_import_name_begins_with_vtok(wheel: zipfile.ZipFile) -> None:
