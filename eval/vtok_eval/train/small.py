@@ -72,7 +72,7 @@ class Chat(Talk):
         nn.Module.__init__(self)
         # nano-llava's layout: one grid a picture, positions in a row
         self.name, self.model, self.pool, self.symbols, self.sparse = "nano-llava", model, 1, False, None
-        self.hints = None
+        self.hints = self.blend = None
         text = processor.tokenizer
 
         def ids(string: str) -> list[int]:
@@ -81,6 +81,11 @@ class Chat(Talk):
         self.head, self.before, self.after = ids("<|im_start|>user\n"), [], ids("\n")
         self.image = processor.image_token_id
         self.ask, self.end = ids("<|im_end|>\n<|im_start|>assistant\n"), [text.eos_token_id]
+
+    def read(self, images: dict[str, Tensor]) -> list[Tensor]:
+        """`features`, with a gradient for the tower's changes, too."""
+        device = self.model.device
+        return self.features({key: value.to(device) for key, value in images.items()})
 
 
 class Eyes(Tower):

@@ -14,7 +14,7 @@ def devices() -> tuple[str, ...]:
 def priority() -> int:
     """Rank for `register`: below the reference, so Triton serves on request only (VTOK_KERNELS=triton).
 
-    The kernels are proved in the interpreter, on CPUs. Once their tests and times on a GPU are in, this becomes 2 there.
+    The kernels are proved in the interpreter, on CPUs. With their tests and times on a GPU, this becomes 2 there.
     """
     return -1
 
