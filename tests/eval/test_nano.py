@@ -258,6 +258,19 @@ def test_what_was_seen_is_read_again_as_it_was(name: str) -> None:
         torch.testing.assert_close(torch.cat(found), torch.cat(wanted), atol=1e-5, rtol=1e-4)
 
 
+def test_words_and_pictures_are_blended() -> None:
+    model, processor = nano.blank("nano-llava", scenes.words())
+    randomize(model, 0)
+    talk = Talk("nano-llava", model, processor)
+    batch = Scenes("nano-llava", processor, 2, 1, "blend", 4)[0]
+    losses = []
+    for blend in (None, 1.0, 0.0):
+        talk.blend = blend
+        torch.manual_seed(0)
+        losses.append(talk.step(batch)[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] != losses[0]
+
+
 def _seen() -> Scene:
     things = (
         Thing("cat", "object", None, (0, 0, 28, 28)),
