@@ -54,9 +54,7 @@ def mctf_scores(
         If the shapes do not fit or a temperature is not positive.
     """
     check_tokens("x", x, 3, "(B, N, D)")
-    shape = (x.shape[0], x.shape[1])
-    check_shape("attention_received", attention_received, shape)
-    check_shape("sizes", sizes, shape, (*shape, 1))
+    check_shape("attention_received", attention_received, (x.shape[0], x.shape[1]))
     bias = mctf_bias(attention_received.to(score_dtype(x)), sizes.to(score_dtype(x)), tau)
     return _biased(cosine_scores(x), bias, tau[0])
 
