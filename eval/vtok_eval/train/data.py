@@ -201,6 +201,6 @@ def same(batch: Any) -> Any:
     return batch
 
 
-def moved(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch's pixels on a device."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.images.items()}
+def moved(images: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch's pixels on a device."""
+    return {key: value.to(device, non_blocking=True) for key, value in images.items()}

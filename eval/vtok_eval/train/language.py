@@ -63,13 +63,12 @@ class Talk(nn.Module):
         self.sparse: tuple[float, float] | None = None
         self.blend: float | None = None
         self.hints: Hints | None = None
-        self.project = [model.model.multi_modal_projector if name == "nano-llava" else model.model.visual.merger]
         self._seen: tuple[Any, Tensor, Tensor, list[int]] | None = None
         width = model.config.vision_config.hidden_size
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
         if name == "nano-llava":
-            model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: self._standard(args[0]))
+            self.project.register_forward_pre_hook(lambda _, args: self._standard(args[0]))
         text = processor.tokenizer
         ids = lambda string: text(string, add_special_tokens=False).input_ids  # noqa: E731
         # a character is one token at a word's beginning and another one inside
@@ -93,6 +92,12 @@ class Talk(nn.Module):
             self.ask = ids(f"{END}{START}assistant")
             self.end = [text.eos_token_id]
 
+    @property
+    def project(self) -> Any:
+        """What makes visual tokens of the tower's: LLaVA's projector, Qwen's merger."""
+        model = self.model.model
+        return model.multi_modal_projector if self.name == "nano-llava" else model.visual.merger
+
     def _standard(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.spread
 
@@ -105,7 +110,7 @@ class Talk(nn.Module):
         """
         if self.name != "nano-llava":
             return
-        pixels = moved(batch, self.mean.device)["pixel_values"]
+        pixels = moved(batch.images, self.mean.device)["pixel_values"]
         hidden = self.model.model.vision_tower(pixels).last_hidden_state[:, 1:].float().flatten(0, 1)
         self.mean.copy_(hidden.mean(0))
         self.spread.copy_(hidden.std(0) + 1e-6)
@@ -114,7 +119,7 @@ class Talk(nn.Module):
     def fold(self) -> None:
         """Put the standardisation into the projector's first matrix, and stop standardising."""
         if self.name == "nano-llava":
-            first = self.model.model.multi_modal_projector.linear_1
+            first = self.project.linear_1
             first.weight.div_(self.spread)
             first.bias.sub_(first.weight @ self.mean)
         self.mean.zero_()
@@ -127,23 +132,22 @@ class Talk(nn.Module):
 
     def read(self, images: dict[str, Tensor]) -> list[Tensor]:
         """`features` with no gradient behind the projector; the tower is not run again for the same ``images``."""
-        (project,) = self.project
         if self._seen is None or self._seen[0] is not images:
             entered: list[Tensor] = []
-            device = next(self.parameters()).device
             # in front of the standardisation, which the projector does again
-            watch = project.register_forward_pre_hook(lambda _, args: entered.append(args[0]), prepend=True)
-            with torch.no_grad():
-                order, sizes = self.order({key: value.to(device) for key, value in images.items()})
-            watch.remove()
+            watch = self.project.register_forward_pre_hook(lambda _, args: entered.append(args[0]), prepend=True)
+            try:
+                with torch.no_grad():
+                    order, sizes = self.order(moved(images, next(self.parameters()).device))
+            finally:
+                watch.remove()
             self._seen = images, entered[0], order, sizes
         _, hidden, order, sizes = self._seen
-        return list(project(hidden).flatten(0, -2)[order].split(sizes))
+        return list(self.project(hidden).flatten(0, -2)[order].split(sizes))
 
     def order(self, images: dict[str, Tensor]) -> tuple[Tensor, list[int]]:
         """Where among the projector's outputs each picture's tokens are (Qwen's go by windows), and how many."""
-        (project,) = self.project
-        watch = project.register_forward_hook(_numbered)
+        watch = self.project.register_forward_hook(_numbered)
         try:
             found = self.features(images)
         finally:
@@ -183,12 +187,13 @@ class Talk(nn.Module):
         a second character in the same cell and the number of the character in its word.
         """
         table = self.model.get_input_embeddings().weight.detach().float()
+        marks, words = self.marks(), self.vectors()
         found = []
         for own in truth:
             total = self._places(table, *own.thing.shape)
-            for name, vector in self.marks().items():
+            for name, vector in marks.items():
                 total = total + getattr(own, name).flatten().to(device)[:, None] * vector
-            for name, (vectors, quarters) in self.vectors().items():
+            for name, (vectors, quarters) in words.items():
                 index = getattr(own, name).flatten().to(device).clamp(min=0)
                 total = total + vectors.roll(quarters * vectors.shape[1] // 4, -1)[index]
             found.append(total)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -73,7 +75,7 @@ def train(
     data : Dataset
         ``data[i]`` is batch i.
     folder : Path
-        For ``{stage}.pt`` (checkpoint) and ``log.jsonl``.
+        For ``{stage}.safetensors`` (checkpoint) and ``log.jsonl``.
     workers : int
         Processes that make batches.
     every : float
@@ -88,17 +90,13 @@ def train(
     """
     device = next(model.parameters()).device
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = folder / f"{stage.name}.pt", folder / "log.jsonl"
+    checkpoint, log = _checkpoint(folder, stage.name), folder / "log.jsonl"
     optimizer = _optimizer(model, stage)
     first = 0
     if resume and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        if saved["step"] >= stage.steps:
+        first = _load(checkpoint, model, optimizer)
+        if first >= stage.steps:
             return
-        if "optimizer" in saved:  # not where the weights come from elsewhere
-            optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
     rates = [rate for _, rate in stage.groups for _ in range(2)]
     batches: Iterable[Any] = DataLoader(
         Subset(data, range(first, stage.steps)), batch_size=None, num_workers=workers, collate_fn=same
@@ -129,18 +127,50 @@ def train(
                     file.write(json.dumps(line | {key: round(value, 4) for key, value in mean.items()}) + "\n")
             if now - saved_at > every or done == stage.steps:
                 saved_at = now
-                finished = done == stage.steps
-                state = {"step": done, "model": model.state_dict()}
-                state |= {} if finished else {"optimizer": optimizer.state_dict()}
-                part = checkpoint.with_suffix(".part")
-                torch.save(state, part)
-                part.replace(checkpoint)
+                _save(checkpoint, done, model, optimizer if done < stage.steps else None)
+
+
+def _checkpoint(folder: Path, stage: str) -> Path:
+    return folder / f"{stage}.safetensors"
+
+
+def _step(checkpoint: Path) -> int:
+    with safe_open(checkpoint, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def _save(checkpoint: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    if optimizer is not None:
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
+    part = checkpoint.with_suffix(".part")
+    # copies: tied weights share memory, which a file cannot
+    copies = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+    save_file(copies, part, {"step": str(step)})
+    part.replace(checkpoint)
+
+
+def _load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    weights: dict[str, Tensor] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(checkpoint, device=str(next(model.parameters()).device)).items():
+        kind, name = key.split(".", 1)
+        if kind == "model":
+            weights[name] = value
+        else:
+            index, name = name.split(".")
+            moments.setdefault(int(index), {})[name] = value
+    model.load_state_dict(weights)
+    if moments:  # none in a finished stage's
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    return _step(checkpoint)
 
 
 def done(folder: Path, stage: str, steps: int) -> bool:
     """Whether a stage has ended."""
-    checkpoint = folder / f"{stage}.pt"
-    return checkpoint.exists() and torch.load(checkpoint, map_location="cpu", weights_only=True)["step"] >= steps
+    checkpoint = _checkpoint(folder, stage)
+    return checkpoint.exists() and _step(checkpoint) >= steps
 
 
 def _optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:

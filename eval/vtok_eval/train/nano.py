@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtok.errors import VtokError
 from vtok_eval import assets, scenes
@@ -21,55 +21,64 @@ from vtok_eval.train.loop import Stage, done, train
 from vtok_eval.train.tower import Tower, matmul_patches
 from vtok_eval.train.words import Words
 
-#: pictures in a batch of each stage, batches, and peak learning rates
-_SYMBOLS = {"size": 16, "steps": 2600, "rate": 2e-3, "sparse": (0.6, 0.2), "crowds": 0.3, "questions": 20, "layers": 4}
-# what is learnt by then is asked less, and what is looked up by its place, its size or its order more
-_LOOKUPS = _SYMBOLS | {"steps": 900, "rate": 1.5e-3, "rare": {"exists": 0.15, "colour": 0.15, "position": 0.15}}
-_READING = _LOOKUPS | {
-    "steps": 4500,
-    "crowds": 0.1,
-    "kinds": {"mixed": 0.15, "count": 0.3, "text": 0.45, "detail": 0.1},
-    "rare": {"exists": 0.1, "colour": 0.1, "position": 0.1, "objects": 0.3, "detail": 0.5},
+# A stage: batches, peak rate, what else it needs, and under "scenes" what `Scenes` draws.
+_ASKED: dict[str, Any] = {"size": 8, "questions": 20, "pairs": 0.12, "lists": 0.15}
+_SYMBOLS: dict[str, Any] = {
+    "steps": 2600,
+    "rate": 2e-3,
+    "layers": 4,
+    "symbols": True,
+    "sparse": (0.6, 0.2),
+    "scenes": _ASKED | {"size": 16, "crowds": 0.3, "pixels": False, "reuse": 2},
 }
-_WORDS = {
+# what is learnt by then is asked less, and what is looked up by its place, its size or its order more
+_LOOKUPS: dict[str, Any] = _SYMBOLS | {
+    "steps": 900,
+    "rate": 1.5e-3,
+    "scenes": _SYMBOLS["scenes"] | {"rare": {"exists": 0.15, "colour": 0.15, "position": 0.15}},
+}
+_READING: dict[str, Any] = _LOOKUPS | {
+    "steps": 4500,
+    "scenes": _SYMBOLS["scenes"]
+    | {
+        "crowds": 0.1,
+        "kinds": {"mixed": 0.15, "count": 0.3, "text": 0.45, "detail": 0.1},
+        "rare": {"exists": 0.1, "colour": 0.1, "position": 0.1, "objects": 0.3, "detail": 0.5},
+    },
+}
+_WORDS: dict[str, Any] = {
     "steps": 1800,
     "rate": 3e-3,
     "tower": 1e-3,
     "tokens": 4096,
     "batches": 500,
-    "crowds": 0.3,
-    "kinds": {"mixed": 0.3, "count": 0.1, "text": 0.4, "detail": 0.2},
+    "scenes": {"size": 8, "crowds": 0.3, "kinds": {"mixed": 0.3, "count": 0.1, "text": 0.4, "detail": 0.2}},
 }
-_SPARSE = {
-    "size": 8,
+_SPARSE: dict[str, Any] = {
     "steps": 900,
     "rate": 4e-4,
-    "sparse": (1.0, 0.4),
-    "crowds": 0.1,
-    "questions": 20,
     "layers": 4,
-    "reuse": 4,
+    "sparse": (1.0, 0.4),
     "blend": 0.2,
+    "scenes": _ASKED | {"crowds": 0.1, "reuse": 4},
+}
+_STAGES: dict[str, dict[str, Any]] = {
+    "tower": {"steps": 2500, "rate": 1.5e-4, "scenes": {"size": 8, "crowds": 0.8}},
+    "symbols": _SYMBOLS,
+    "lookups": _LOOKUPS,
+    "reading": _READING,
+    "words": _WORDS,
+    "sparse": _SPARSE,
+    "full": {"steps": 400, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2}},
 }
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "nano-llava": {
-        "tower": {"size": 8, "steps": 2500, "rate": 1.5e-4},
-        "symbols": _SYMBOLS,
-        "lookups": _LOOKUPS,
-        "reading": _READING,
-        "words": _WORDS,
-        "sparse": _SPARSE,
-        "full": {"size": 8, "steps": 400, "rate": 2e-4, "reuse": 2, "questions": 20},
-    },
-    "nano-qwen": {
-        "tower": {"size": 8, "steps": 1500, "rate": 3e-4},
-        "symbols": _SYMBOLS,
-        "lookups": _LOOKUPS,
-        "reading": _READING,
+    "nano-llava": _STAGES,
+    # a cell of its tower is four patches: fewer of them cost as much
+    "nano-qwen": _STAGES
+    | {
+        "tower": _STAGES["tower"] | {"steps": 1500, "rate": 3e-4},
         "words": _WORDS | {"tokens": 1024, "batches": 300},
-        "sparse": _SPARSE,
-        "full": {"size": 8, "steps": 400, "rate": 2e-4, "reuse": 2, "questions": 20},
     },
 }
 
@@ -117,51 +126,46 @@ def run(
     talk, tower = Talk(name, model, processor), Tower(name, model, teacher).to(device)
     hints = Hints(processor.tokenizer, model.config.text_config.hidden_size).to(device)
     talk.hints = hints
-    language: list[nn.Module] = [model.model.language_model]
-    hinted = hints.watch(model.model.language_model.layers[_chosen(12, 4)[1]])
-    for layer in model.model.language_model.layers:
+    language = model.model.language_model
+    hinted = hints.watch(language.layers[_chosen(12, 4)[1]])
+    for layer in language.layers:
         layer.compile(dynamic=True)  # a fifth of a step's time, for half a minute once
-    idle_layers(model.model.language_model, recipe["symbols"]["layers"])
-    # but for its last feed-forward, the tower stays as it is from here on: its backward pass is most of a step
-    language += [model.model.multi_modal_projector] if name == "nano-llava" else [model.model.visual.merger]
+    idle_layers(language, recipe["symbols"]["layers"])
+    # but for its last feed-forward, the tower stays as it is after its own stage: its backward pass is most of a step
     for stage, own in recipe.items():
-        steps = max(1, round(own["steps"] * scale))
-        talk.symbols = stage in ("symbols", "lookups", "reading")
+        steps, rate = max(1, round(own["steps"] * scale)), own["rate"]
+        talk.symbols, talk.sparse, talk.blend = own.get("symbols", False), own.get("sparse"), own.get("blend")
+        trained: nn.Module = talk
+        step: Callable[[Any], tuple[Tensor, dict[str, float]]] = talk.step
+        data = _drawn(name, processor, steps, f"{seed}/{stage}", own["scenes"])
         if stage == "tower":
-            trained: nn.Module = tower
-            groups: list[Any] = [([tower.tower], own["rate"]), ([tower.heads], 2e-3)]
-            step: Any = tower.step
+            trained, step = tower, tower.step
+            groups = [([tower.tower], rate), ([tower.heads], 2e-3)]
         elif stage == "words":
-            talk.measure(Scenes(name, processor, 16, 1, f"{name}/{seed}/measure", crowds=0.5)[0])
             words = Words(talk, own["tokens"])
+            talk.measure(_drawn(name, processor, 1, f"{seed}/measure", {"size": 16, "crowds": 0.5})[0])
             if not (resume and done(out, stage, steps)):
-                words.measure(Scenes(name, processor, 64, 1, f"{name}/{seed}/marks", pixels=False)[0])
-                mix = {key: own[key] for key in ("crowds", "kinds")}
-                words.collect(Scenes(name, processor, 8, own["batches"], f"{name}/{seed}/{stage}", **mix))
-            groups = [(language[1:], own["rate"]), (words.last, own["tower"])]
-            trained, step = talk, words.step
+                words.measure(_drawn(name, processor, 1, f"{seed}/marks", {"size": 64, "pixels": False})[0])
+                words.collect(_drawn(name, processor, own["batches"], f"{seed}/{stage}", own["scenes"]))
+            step, data = words.step, range(steps)
+            groups = [([talk.project], rate), (words.last, own["tower"])]
+        elif stage == "full":
+            groups = [([language, talk.project], rate)]
+            hinted.remove()
+            hints.states = None
         else:
-            trained, step = talk, talk.step
-            talk.sparse, talk.blend = own.get("sparse"), own.get("blend")
-            groups = [(language if stage == "full" else language[:1], own["rate"])]
-            groups += [([hints], 2e-3)] if stage != "full" else []
-            if stage == "full":
-                hinted.remove()
-                hints.states = None
-        mix = {"crowds": 0.8} if stage == "tower" else {"pairs": 0.12, "crowds": own.get("crowds", 0.0), "lists": 0.15}
-        mix |= {"pixels": False, "reuse": 2} if talk.symbols else {"reuse": own.get("reuse", 1)}
-        mix |= {key: own[key] for key in ("rare", "kinds") if key in own}
-        asked = own.get("questions", 10)
-        data: Any = range(steps)
-        if stage != "words":
-            data = Scenes(name, processor, own["size"], steps, f"{name}/{seed}/{stage}", asked, **mix)
+            groups = [([language], rate), ([hints], 2e-3)]
         plan = Stage(stage, steps, groups, step, warmup=max(1, min(200, steps // 10)))
-        with matmul_patches(model), some_layers(model.model.language_model, own.get("layers")):
+        with matmul_patches(model), some_layers(language, own.get("layers")):
             train(trained, plan, data, out, workers=workers, resume=resume)
     talk.fold()
     folder = out / "model"
     save(model, processor, folder)
     return folder
+
+
+def _drawn(name: str, processor: Any, steps: int, seed: str, mix: dict[str, Any]) -> Any:
+    return Scenes(name, processor, steps=steps, seed=f"{name}/{seed}", **mix)
 
 
 def _chosen(depth: int, count: int) -> list[int]:

@@ -23,7 +23,7 @@ from vtok_eval import scenes
 from vtok_eval.models import small
 from vtok_eval.samples import INSTRUCTION
 from vtok_eval.train import lora
-from vtok_eval.train.data import Batch, Scenes, Turn, prepared
+from vtok_eval.train.data import Batch, Scenes, Turn, moved, prepared
 from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, Labels
 from vtok_eval.train.language import Talk
 from vtok_eval.train.loop import Stage
@@ -84,8 +84,7 @@ class Chat(Talk):
 
     def read(self, images: dict[str, Tensor]) -> list[Tensor]:
         """`features`, with a gradient for the tower's changes, too."""
-        device = self.model.device
-        return self.features({key: value.to(device) for key, value in images.items()})
+        return self.features(moved(images, self.model.device))
 
 
 class Eyes(Tower):

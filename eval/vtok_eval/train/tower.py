@@ -75,7 +75,7 @@ class Tower(nn.Module):
 
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Loss of a batch."""
-        images = moved(batch, next(self.parameters()).device)
+        images = moved(batch.images, next(self.parameters()).device)
         grids = [grid for own in batch.grids for grid in own]
         if self.name == "nano-llava":
             return self._llava(images["pixel_values"], grids[0], batch.labels)

@@ -53,14 +53,14 @@ class Words:
     def __init__(self, talk: Talk, tokens: int) -> None:
         self.talk, self.tokens = talk, tokens
         model = talk.model.model
-        (self.project,) = talk.project
+        self.project = talk.project
         if talk.name == "nano-llava":
             layer = model.vision_tower.encoder.layers[-1]
             self.last = [layer.layer_norm2, layer.mlp]
         else:
             layer = model.visual.blocks[-1]
             self.last = [layer.norm2, layer.mlp]
-        self.seen, self.wanted, self.summary = Tensor(), Tensor(), Tensor()
+        self.seen, self.wanted, self.summary, self.kept = (Tensor() for _ in range(4))
         self.shown: dict[str, Tensor] = {}
         self.unit = talk.model.get_input_embeddings().weight.detach().float().square().sum(-1).mean()
         self.vectors = talk.vectors()
@@ -94,7 +94,7 @@ class Words:
                 batch = scenes[number]
                 entered.clear()
                 with torch.autocast(device.type, torch.bfloat16):
-                    places, _ = talk.order(moved(batch, device))
+                    places, _ = talk.order(moved(batch.images, device))
                 (hidden,) = entered
                 if talk.name == "nano-llava":
                     summary.append(hidden[:, 0].float())
