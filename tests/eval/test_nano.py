@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import vtok
@@ -24,7 +23,6 @@ from vtok_eval.train.data import Batch, Scenes, Turn
 from vtok_eval.train.hints import Hints
 from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, covered, labels
 from vtok_eval.train.language import Talk
-from vtok_eval.train.loop import Stage, done, train
 from vtok_eval.train.nano import RECIPES, idle_layers, save, some_layers
 from vtok_eval.train.tower import Tower, matmul_patches
 from vtok_eval.train.words import Words
@@ -392,72 +390,6 @@ def test_a_tower_learns(name: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(plain, model.parameters(), strict=True))
     if name == "nano-qwen":
         assert "forward" not in vars(model.model.visual.patch_embed)
-
-
-class Line(nn.Module):
-    """Something to train in no time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 1)
-
-    def step(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
-        return (self.layer(batch) - batch.sum(-1, keepdim=True)).square().mean(), {"size": float(len(batch))}
-
-
-class Draws(torch.utils.data.Dataset):
-    """Batch i of a stream."""
-
-    def __len__(self) -> int:
-        return 40
-
-    def __getitem__(self, number: int) -> Tensor:
-        return torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
-
-
-def trained(folder: Path, stops: tuple[int, ...] = ()) -> Line:
-    torch.manual_seed(0)
-    for stop in (*stops, 40):
-        torch.manual_seed(0)
-        model = Line()
-        stage = Stage("line", 40, [([model.layer], 0.05)], model.step, warmup=4)
-        data = Cut(stop) if stop < 40 else Draws()
-        try:
-            train(model, stage, data, folder, every=0)
-        except InterruptedError:
-            continue
-    return model
-
-
-class Cut(Draws):
-    """A stream that breaks off, as a killed run does."""
-
-    def __init__(self, stop: int) -> None:
-        self.stop = stop
-
-    def __getitem__(self, number: int) -> Tensor:
-        if number == self.stop:
-            raise InterruptedError
-        return super().__getitem__(number)
-
-
-@pytest.mark.grad
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole, parts = trained(tmp_path / "a"), trained(tmp_path / "b", stops=(7, 23))
-    assert torch.equal(whole.layer.weight, parts.layer.weight)
-    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 40 and lines[-1]["loss"] > 0
-    assert done(tmp_path / "a", "line", 40)
-    assert not done(tmp_path / "a", "line", 41) and not done(tmp_path / "a", "other", 40)
-
-
-@pytest.mark.grad
-def test_a_run_without_a_number_stops(tmp_path: Path) -> None:
-    model = Line()
-    with torch.no_grad():
-        model.layer.weight.fill_(float("inf"))
-    with pytest.raises(vtok.VtokError, match="lower the learning rate"):
-        train(model, Stage("line", 4, [([model.layer], 0.1)], model.step), Draws(), tmp_path)
 
 
 def test_unknown_models_are_named() -> None:

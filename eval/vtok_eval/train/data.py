@@ -196,11 +196,6 @@ def _cells(images: Any, picture: Any) -> tuple[int, int]:
     return height // factor, width // factor
 
 
-def same(batch: Any) -> Any:
-    """For a loader that must not collate: a batch is made as one."""
-    return batch
-
-
 def moved(images: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A batch's pixels on a device."""
     return {key: value.to(device, non_blocking=True) for key, value in images.items()}

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import VtokError
+from vtok.training import Stage, done, train
 from vtok_eval import assets, scenes
 from vtok_eval.models import nano, surgery
 from vtok_eval.train.data import Scenes, prepared
 from vtok_eval.train.hints import Hints
 from vtok_eval.train.language import Talk
-from vtok_eval.train.loop import Stage, done, train
 from vtok_eval.train.tower import Tower, matmul_patches
 from vtok_eval.train.words import Words
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vtok.training import Stage
+from vtok.training import train as run_stage
 from vtok_eval import scenes
 from vtok_eval.models import small
 from vtok_eval.samples import INSTRUCTION
@@ -26,8 +28,6 @@ from vtok_eval.train import lora
 from vtok_eval.train.data import Batch, Scenes, Turn, moved, prepared
 from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, Labels
 from vtok_eval.train.language import Talk
-from vtok_eval.train.loop import Stage
-from vtok_eval.train.loop import train as run_stage
 from vtok_eval.train.tower import Heads, Tower, distance
 
 TOWER_LAYERS = r"vision_tower\.encoder\.layer\.\d+\.(attention\.[qkvo]_proj|mlp\.fc[12])$"

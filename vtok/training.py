@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from vtok.errors import VtokError
-from vtok_eval.train.data import same
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,11 @@ def train(
             if now - saved_at > every or done == stage.steps:
                 saved_at = now
                 _save(checkpoint, done, model, optimizer if done < stage.steps else None)
+
+
+def same(batch: Any) -> Any:
+    """For a loader that must not collate: a batch is made as one."""
+    return batch
 
 
 def _checkpoint(folder: Path, stage: str) -> Path:
