@@ -28,12 +28,14 @@ class Prompt:
     Attributes:
         embeds: (B, L, D) as the model made them: features of the (compressed) tower at their placeholders.
         merged: the same, with what the input site put at the columns that stand.
-        planes: Qwen3-VL's DeepStack planes, as the (compressed) tower made them.
+        planes: Qwen3-VL's DeepStack planes, as the (compressed) tower made them, averaged where the input site averages.
+        visual: (B, L) bool, the columns whose rows the planes hold.
     """
 
     embeds: Tensor | None = None
     merged: Tensor | None = None
     planes: Any = None
+    visual: Tensor | None = field(default=None, repr=False)
     short: Tensor | None = field(default=None, repr=False)
 
 
@@ -53,6 +55,7 @@ def recorded(model: nn.Module) -> Iterator[Prompt]:
             planes = kwargs.get("deepstack_visual_embeds")
             prompt.embeds = kwargs["inputs_embeds"].detach()
             prompt.planes = None if planes is None else [plane.detach() for plane in planes]
+            prompt.visual = kwargs.get("visual_pos_masks")
 
     def behind(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if kwargs["inputs_embeds"].shape[1] > 1:
@@ -68,6 +71,8 @@ def recorded(model: nn.Module) -> Iterator[Prompt]:
         for handle in handles:
             handle.remove()
     run = session_of(model).last
+    if run is not None and prompt.planes is not None:
+        prompt.planes = [averaged(plane, prompt.visual, run) for plane in prompt.planes]
     prompt.merged = prompt.embeds
     if run is not None and prompt.short is not None and prompt.short.shape[1] == run.segments[run._first].width:
         segment = run.segments[run._first]
@@ -75,6 +80,16 @@ def recorded(model: nn.Module) -> Iterator[Prompt]:
         rows = torch.arange(real.shape[0])[:, None].expand_as(real)
         prompt.merged = prompt.embeds.clone()
         prompt.merged[rows[real], segment.index[real]] = prompt.short[real]
+
+
+def averaged(plane: Tensor, visual: Tensor, run: Any) -> Tensor:
+    """A plane with what the input site's tokens average, at their places."""
+    full = torch.zeros(*visual.shape, plane.shape[1]).masked_scatter(visual[..., None], plane)
+    for number, (tokens, kept, weights) in run.poured.items():
+        span = run.spans[number]
+        own = full[span.sample, span.columns].clone()
+        full[span.sample, span.columns[kept]] = torch.einsum("kn,nd->kd", weights, own[tokens])
+    return full[visual]
 
 
 def rewrites(model: nn.Module) -> bool:

@@ -195,6 +195,7 @@ CHAINS: list[list[str]] = [
     ["downsample", "transprune"],
     ["todre", "random_deep"],
     ["fastv", "random_deep"],
+    ["flextok", "divprune", "fastv"],
     *[[method, "divprune", "fastv"] for method in METHODS if site(method) == "encoder"],
 ]
 

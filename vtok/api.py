@@ -13,7 +13,7 @@ from torch import nn
 
 from vtok import report as reports
 from vtok.budget import check_keep
-from vtok.engine.plan import parse_keep, shape_of
+from vtok.engine.plan import automatic, parse_keep, shape_of
 from vtok.engine.session import Session
 from vtok.errors import VtokError
 from vtok.method import Method, registry, resolve
@@ -79,7 +79,7 @@ def compress(
     model: nn.Module,
     method: str | Method | Sequence[str | Method],
     *,
-    keep: int | float | None = None,
+    keep: int | float | str | None = None,
     preset: str | None = None,
     positions: str = "auto",
     **options: Any,
@@ -89,7 +89,8 @@ def compress(
     Args:
         model: a vision-language model of transformers (or a bare vision transformer, for methods that act inside one).
         method: a name (``vtok.methods()``), a ``Method``, or a list of them, composed by site.
-        keep: visual tokens per image averaged over the decoder layers: an int, or a share in (0, 1].
+        keep: visual tokens per image averaged over the decoder layers: an int, or a share in (0, 1]. ``"auto"``: as
+            many as each picture needs, for methods that can tell.
         preset: one of the method's published settings, instead of ``keep`` and options.
         positions: ``"keep"`` (survivors keep their position ids), ``"reindex"`` (ids are closed up), ``"auto"`` (the
             authors' choice; always ``"keep"`` on the Qwen families).
@@ -113,6 +114,7 @@ def compress(
                 f"{item.name or type(item).__name__} cannot serve {adapter.family}: {reason}; methods that can: "
                 f"{', '.join(methods(adapter.family))}"
             )
+    keep, chain = automatic(keep, chain)
     budget_ = parse_keep(keep, chain)
     policy = _positions(positions, chain, adapter)
     _check_text(adapter)

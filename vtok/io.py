@@ -49,14 +49,15 @@ def save(model: nn.Module, folder: str | Path, *, weights: bool = True) -> Path:
         "format": FORMAT,
         "vtok": _version(),
         "family": session.adapter.family,
-        "methods": [_written(method) for method in session.methods],
+        "methods": [],
         "keep": session.keep,
         "positions": session.positions,
     }
-    text = json.dumps(config, indent=2) + "\n"
     folder = Path(folder)
     if folder.is_file():
         raise VtokError(f"{folder} is a file; vtok.save needs the name of a folder")
+    config["methods"] = [_written(method.stored(folder)) for method in session.methods]
+    text = json.dumps(config, indent=2) + "\n"
     if weights:
         _plain_saver(session, model)(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,8 @@ def _read(entry: Any, folder: Path) -> Method:
             f"@vtok.register({name!r}) before vtok.load, or install the package that brings it"
         )
     listed = {item.name for item in dataclasses.fields(registry()[name]) if item.default_factory is list}
-    return get(name, **{option: value if option in listed else _tuples(value) for option, value in options.items()})
+    options = {option: value if option in listed else _tuples(value) for option, value in options.items()}
+    return get(name, **options).restored(folder)
 
 
 def _tuples(value: Any) -> Any:

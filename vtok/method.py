@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
@@ -75,6 +76,19 @@ class Method:
 
         For methods that measure something first (``random_deep`` with ``layer="auto"``).
         """
+        return self
+
+    def automatic(self) -> tuple[Method, int | float] | None:
+        """For ``keep="auto"``: the method as it then acts, and the most it may keep. ``None``: it has no such mode."""
+        return None
+
+    def stored(self, folder: Path) -> Method:
+        """The method as ``vtok.save`` writes it down; what its options cannot hold (trained weights) goes into files in
+        ``folder``."""
+        return self
+
+    def restored(self, folder: Path) -> Method:
+        """What ``stored`` wrote down, with its files in ``folder``."""
         return self
 
     def refuse(self, shape: Shape) -> str | None:

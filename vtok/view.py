@@ -25,12 +25,17 @@ class Selection:
         features: (G, k, D) what stands at these positions from now on (merged tokens), or ``None``.
         groups: (G, n) for each token of the view the position in ``indices`` it was poured into, -1 where dropped.
         front: put the kept tokens first in this order instead of at their own places (VisionZip's released layout).
+        counts: how many of its row's indices each span keeps, where that differs; what lies behind means nothing.
+        weights: (G, k, n) share of each token of the view in each kept one, where features are such averages and more:
+            what else belongs to the picture (Qwen3-VL's DeepStack planes) is averaged alike.
     """
 
     indices: Tensor
     features: Tensor | None = None
     groups: Tensor | None = None
     front: bool = False
+    counts: Sequence[int] | None = None
+    weights: Tensor | None = None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from vtok.engine.spans import Encoded
 from vtok.engine.tiles import TileState
 from vtok.engine.towers import distribute
 from vtok.errors import VtokError
-from vtok.protocol import Medium
+from vtok.protocol import Medium, Part
 from vtok.view import Selection, Stage
 
 
@@ -52,6 +53,7 @@ class DenseOutput:
         found: dict[int, tuple[list[int], Selection]] = {}
         for count, target, rows in state.groups():
             view = self._view(number, padded, state, count, target, rows)
+            view.parts = tile_parts(state.total)
             everything = torch.arange(count, device=x.device).expand(len(rows), count)
             if count <= target:
                 found[rows[0]] = (rows, Selection(everything, view.features))
@@ -80,8 +82,8 @@ class DenseOutput:
             target_token = torch.where(local >= 0, tokens[rows].gather(1, local.clamp_min(0)), -1)
             dst[rows] = torch.full_like(dst[rows], -1).scatter(1, own[:, : counts[rows[0]]], target_token)
             state.merged = state.merged or answer.groups is not None
-            for row in rows:
-                counts[row] = size
+            for row, count in zip(rows, answer.counts or [size] * len(rows), strict=True):
+                counts[row] = count
         state.counts, state.tokens, state.dst = counts, tokens, dst
         state.stages.append((None, state.kept()))
         return out
@@ -212,6 +214,12 @@ class DenseOutput:
         else:
             output.pooler_output = [scaled if i == number else own for i, own in enumerate(output.pooler_output)]
         return Encoded(medium, count, tokens)
+
+
+def tile_parts(total: int) -> tuple[Part, ...]:
+    """The grid of a tile of ``total`` patches, where tiles are square."""
+    side = math.isqrt(total)
+    return (Part(side, side),) if side * side == total else ()
 
 
 def newline_mask(medium: Medium) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 from torch import nn
 
@@ -74,8 +75,9 @@ class Plan:
 
     @property
     def tower_methods(self) -> int:
-        """How many methods of the chain act inside the vision tower."""
-        return sum(1 for method in self.methods if method.site == "encoder")
+        """How many methods of the chain act inside the vision tower of this family."""
+        sites = [{stage.site for stage in stages_of(method, self.shape)} for method in self.methods]
+        return sum("encoder" in own for own in sites)
 
     def tower_count(self, tokens: int) -> int:
         """Tokens of one image that the tower's methods must leave."""
@@ -119,6 +121,27 @@ def stages_of(method: Method, shape: Shape) -> Sequence[Stage]:
                 f"{name} would leave {stage.share:g} of the tokens, which is no share; give it one in [0, 1]"
             )
     return stages
+
+
+def automatic(keep: Any, methods: Sequence[Method]) -> tuple[Any, tuple[Method, ...]]:
+    """What ``keep="auto"`` means to a chain: the most tokens, and the methods as they then act. Any other budget is
+    left alone.
+
+    Raises:
+        VtokError: no method of the chain decides how many tokens a picture needs.
+    """
+    if keep != "auto":
+        return keep, tuple(methods)
+    answers = [method.automatic() for method in methods]
+    deciding = [answer for answer in answers if answer is not None]
+    if not deciding:
+        names = "+".join(method.name or type(method).__name__ for method in methods)
+        raise VtokError(
+            f'keep="auto" lets the method decide how many tokens a picture needs, which {names} cannot; give a number, '
+            'or take "flextok" with trained weights'
+        )
+    chain = [method if answer is None else answer[0] for method, answer in zip(methods, answers, strict=True)]
+    return deciding[0][1], tuple(chain)
 
 
 def parse_keep(keep: int | float | None, methods: Sequence[Method]) -> int | float:

@@ -49,6 +49,7 @@ class Prefill:
     segments: list[Segment] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     groups: dict[int, Tensor] = field(default_factory=dict)
+    poured: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     captured: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     transition: dict[int, Tensor] = field(default_factory=dict)
     planes: list[Tensor] = field(default_factory=list)
@@ -145,6 +146,7 @@ class Prefill:
             return
         where = where.to(segment.device)
         row = where.flatten().cumsum(0).view_as(where) - 1
+        planes = [self._pour(plane, row) for plane in planes]
         real = torch.ones_like(segment.index, dtype=torch.bool) if segment.mask is None else segment.mask
         visual = where.gather(1, segment.index) & real
         if self.decoder_stages and min(stage.layer or 0 for stage in self.decoder_stages) <= len(planes):
@@ -155,6 +157,14 @@ class Prefill:
             kept = segment.kept()[where]
             kwargs["visual_pos_masks"] = visual
             kwargs["deepstack_visual_embeds"] = [plane[kept.to(plane.device)] for plane in planes]
+
+    def _pour(self, plane: Tensor, row: Tensor) -> Tensor:
+        """A plane in which a token that is an average of others holds their average. ``row`` (B, L): a column's row of
+        the plane."""
+        for number, (tokens, kept, weights) in self.poured.items():
+            own = row[self.spans[number].sample, self.spans[number].columns].to(plane.device)
+            plane = plane.index_put((own[kept],), weights.to(plane) @ plane[own[tokens]])
+        return plane
 
     # -- inside the decoder -------------------------------------------------------------------------------------
 
@@ -329,9 +339,13 @@ class Prefill:
     ) -> None:  # fmt: skip
         if isinstance(answer, Selection):
             for row, number in enumerate(numbers):
-                kept[number] = answer.indices[row]
+                count = answer.indices.shape[1] if answer.counts is None else answer.counts[row]
+                kept[number] = answer.indices[row, :count]
                 if answer.features is not None:
-                    merged[number] = answer.features[row]
+                    merged[number] = answer.features[row, :count]
+                if answer.weights is not None:
+                    own = segment.tokens[number]
+                    self.poured[number] = own, own[answer.indices[row, :count]], answer.weights[row, :count]
                 if answer.groups is not None:
                     local = answer.groups[row]
                     own = segment.tokens[number]

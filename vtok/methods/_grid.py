@@ -1,8 +1,11 @@
-"""Sharing a budget over the rectangles of an image."""
+"""The rectangles of an image: where their cells are, and how a budget is shared over them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from vtok.protocol import Part
 
@@ -17,3 +20,9 @@ def share_parts(parts: Sequence[Part], count: int) -> list[int]:
     for i in sorted(range(len(parts)), key=lambda i: cells[i] - exact[i])[: count - sum(cells)]:
         cells[i] += 1
     return cells
+
+
+def positions(part: Part) -> Tensor:
+    """Places of a rectangle's cells within its run, newlines skipped."""
+    row = part.width + (part.newlines if part.per_row else 0)
+    return (torch.arange(part.height)[:, None] * row + torch.arange(part.width)).flatten()

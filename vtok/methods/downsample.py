@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtok.errors import VtokError
 from vtok.method import Method, register
-from vtok.methods._grid import share_parts
+from vtok.methods._grid import positions, share_parts
 from vtok.protocol import Part
 from vtok.view import Selection, View
 from vtok_kernels import MergePlan
@@ -40,7 +40,7 @@ class Downsample(Method):
         for part, cells in zip(view.parts, share_parts(view.parts, count), strict=True):
             if cells:
                 owner, middles = _pool(part, cells)
-                inside = _positions(part) + start
+                inside = positions(part) + start
                 dst[inside] = owner + len(kept)
                 kept += (inside[middles]).tolist()
             start += part.length
@@ -52,12 +52,6 @@ class Downsample(Method):
         indices = torch.tensor(kept)[order].to(view.features.device).expand(groups, -1)
         merged = MergePlan(dst, len(kept)).merge(view.features)
         return Selection(indices, merged, dst)
-
-
-def _positions(part: Part) -> Tensor:
-    """Places of a rectangle's cells within its run, newlines skipped."""
-    row = part.width + (part.newlines if part.per_row else 0)
-    return (torch.arange(part.height)[:, None] * row + torch.arange(part.width)).flatten()
 
 
 def _pool(part: Part, cells: int) -> tuple[Tensor, Tensor]:

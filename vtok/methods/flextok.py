@@ -1,0 +1,216 @@
+"""FlexTok (arXiv 2502.13967, ICML 2025) as visual input: an ordered sequence whose every prefix is a coarser picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vtok.errors import VtokError
+from vtok.method import Method, register
+from vtok.methods._grid import positions, share_parts
+from vtok.protocol import Part
+from vtok.resampler import OrderedResampler, files
+from vtok.resampler.plan import plan
+from vtok.tokenizers.anchors import SCHEMES
+from vtok.view import Selection, Shape, Stage, TowerView, View
+
+#: quality of keep="auto" where none is given: the share of a picture's features that its tokens explain
+QUALITY = 0.8
+
+
+@register("flextok")
+@dataclass(frozen=True)
+class FlexTok(Method):
+    """The first ``keep`` of an ordered sequence of tokens, each an average over a box of the picture, coarse to fine,
+    and with trained weights what a resampler makes of it (see docs/resampler.md).
+
+    It acts before LLaVA's projector and after Qwen's merger. A token stands at the free placeholder nearest to its
+    box's centre, with that place's position.
+
+    Args:
+        weights: folder of a trained resampler, the name of an installed one, or an ``OrderedResampler``. ``None``:
+            averages alone.
+        scheme: order of the boxes without weights: ``"quadtree"`` (all four children of a box) or ``"haar"`` (three,
+            the fourth is in their parent). Trained weights have their own.
+        auto: quality in (0, 1) at which a picture has enough tokens, at most ``keep``; needs weights that were trained
+            for it. ``keep="auto"`` is 0.8 where none is given.
+    """
+
+    summary = "ordered tokens from coarse to fine, averages or trained"
+    paper = "arXiv 2502.13967"
+    site = "input"
+    positions = "keep"
+    presets: ClassVar[dict[str, Any]] = {"256": {"keep": 256}, "64": {"keep": 64}, "17": {"keep": 17}}
+
+    weights: str | OrderedResampler | None = field(default=None, repr=False)
+    scheme: str = "quadtree"
+    auto: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise VtokError(f"flextok scheme={self.scheme!r} is unknown; known are {', '.join(SCHEMES)}")
+        if self.auto is not None and not 0 < self.auto < 1:
+            raise VtokError(f"flextok auto={self.auto:g} is no quality; give a number between 0 and 1, such as 0.8")
+        if self.auto is not None and self.weights is None:
+            raise VtokError(
+                "flextok auto= asks how many tokens a picture needs, which only trained weights can tell; pass weights="
+            )
+
+    def prepare(self, model: nn.Module) -> Method:
+        if self.weights is None:
+            return self
+        from vtok.api import adapter_of
+
+        source = "these weights" if isinstance(self.weights, nn.Module) else f"the weights {self.weights}"
+        resampler = self.weights if isinstance(self.weights, nn.Module) else files.load(self.weights)
+        door = files.door(adapter_of(model))
+        files.check(resampler.config, door, source)
+        if self.auto is not None and not resampler.config.halting:
+            raise VtokError(
+                f"{source} were trained without a halting head, so they cannot tell how many tokens a picture needs; "
+                "give a number as keep, or distil with --halting"
+            )
+        return dataclasses.replace(self, weights=resampler.to(door.device))
+
+    def automatic(self) -> tuple[Method, int | float] | None:
+        # above half of an image's tokens there is little left to save
+        return dataclasses.replace(self, auto=QUALITY if self.auto is None else self.auto), 0.5
+
+    def stored(self, folder: Path) -> Method:
+        if self.weights is None:
+            return self
+        resampler = self.weights if isinstance(self.weights, OrderedResampler) else files.load(self.weights)
+        files.save(resampler, folder / self.name)
+        return dataclasses.replace(self, weights=self.name)
+
+    def restored(self, folder: Path) -> Method:
+        if self.weights != self.name:
+            return self
+        return dataclasses.replace(self, weights=str(folder / self.name))
+
+    def stages(self, shape: Shape) -> Sequence[Stage]:
+        return (Stage("input" if shape.packed else "encoder", select=self.select),)
+
+    def select(self, view: View, count: int) -> Selection:
+        """The first tokens of each picture (of each frame, by area), in raster order of where they stand."""
+        found: dict[int, tuple[_Laid, Tensor]] = {}
+        for rows, grids in _layouts(view):
+            shares = share_parts([Part(*grid) for _, grid in grids], count)
+            pictures = [(where, grid, share) for (where, grid), share in zip(grids, shares, strict=True) if share]
+            read = [self._tokens(view.features[rows][:, where], grid, share) for where, grid, share in pictures]
+            for own, row in enumerate(rows):
+                parts = [(where, grid, sizes[own]) for (where, grid, _), (_, sizes) in zip(pictures, read, strict=True)]
+                laid = _lay(parts, self._scheme, view.size)
+                tokens = torch.cat([tokens[own, : sizes[own]] for tokens, sizes in read])
+                found[row] = laid, tokens[laid.order.to(tokens.device)]
+        return _selection(view, [found[row] for row in range(view.features.shape[0])])
+
+    @property
+    def _scheme(self) -> str:
+        return self.weights.config.scheme if isinstance(self.weights, OrderedResampler) else self.scheme
+
+    def _tokens(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, list[int]]:
+        """(R, count, D) ordered tokens of x (R, rows * columns, D), and how many of them each picture needs."""
+        resampler = self.weights
+        if not isinstance(resampler, OrderedResampler):
+            weights = plan(count, grid, self.scheme).weights.to(x.device)
+            return (weights @ x.float()).to(x.dtype), [count] * len(x)
+        most = resampler.config.tokens
+        if self.auto is not None:
+            count = min(count, most)
+        if count > most:
+            raise VtokError(
+                f"these weights give up to {most} tokens of a picture, and {count} were asked for; take keep={most} or "
+                "less, or leave weights out"
+            )
+        tokens, registers = resampler.read(x.to(next(resampler.parameters()).dtype), grid, count)
+        if self.auto is None:
+            return tokens.to(x.dtype), [count] * len(x)
+        return tokens.to(x.dtype), resampler.enough(registers, self.auto).tolist()
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """How the tokens of a view's pictures lie in the sequence.
+
+    Attributes:
+        order: (k,) token by place in the sequence: raster order of where they stand.
+        kept: (k,) positions in the view, ascending.
+        owner: (n,) place in the sequence of the finest token that shows each token of the view, -1 for none.
+        weights: (k, n) share of each token of the view.
+    """
+
+    order: Tensor
+    kept: Tensor
+    owner: Tensor
+    weights: Tensor
+
+
+def _layouts(view: View) -> list[tuple[list[int], list[tuple[Tensor, tuple[int, int]]]]]:
+    """Rows of a view that lie alike, with positions and grid of each of their pictures.
+
+    Raises:
+        VtokError: another stage has thinned the pictures.
+    """
+    groups = view.tokens.shape[0]
+    if view.size == sum(part.length for part in view.parts):
+        starts = accumulate((part.length for part in view.parts[:-1]), initial=0)
+        grids = [
+            (positions(part) + start, (part.height, part.width))
+            for part, start in zip(view.parts, starts, strict=True)
+        ]
+        return [(list(range(groups)), grids)]
+    found: dict[tuple[int, int], list[int]] = {}
+    if isinstance(view, TowerView) and view.parts:
+        # a tile without its padding: what is left is a rectangle
+        y, x = view.tokens // view.parts[0].width, view.tokens % view.parts[0].width
+        sides = torch.stack((y.amax(1) - y.amin(1), x.amax(1) - x.amin(1)), 1) + 1
+        for row, (height, width) in enumerate(sides.tolist()):
+            found.setdefault((height, width), []).append(row)
+    if not found or any(height * width != view.size for height, width in found):
+        raise VtokError(
+            "flextok averages over whole pictures and another stage has thinned this one; put flextok first, and "
+            "compose it with methods that act behind it"
+        )
+    everything = torch.arange(view.size)
+    return [(rows, [(everything, grid)]) for grid, rows in found.items()]
+
+
+def _lay(parts: Sequence[tuple[Tensor, tuple[int, int], int]], scheme: str, total: int) -> _Laid:
+    """Lay out the tokens of pictures given by their positions, grid and number of tokens."""
+    plans = [plan(count, grid, scheme) for _, grid, count in parts]
+    places = torch.cat([where[own.places] for (where, _, _), own in zip(parts, plans, strict=True)])
+    order = places.argsort()
+    rank = order.argsort()
+    owner, weights = torch.full((total,), -1), torch.zeros(len(places), total)
+    start = 0
+    for (where, _, count), own in zip(parts, plans, strict=True):
+        owner[where] = rank[own.owner + start]
+        weights[start : start + count, where] = own.weights
+        start += count
+    return _Laid(order, places[order], owner, weights[order])
+
+
+def _selection(view: View, rows: Sequence[tuple[_Laid, Tensor]]) -> Selection:
+    """Rows put together, those with fewer tokens filled up."""
+    counts = [len(laid.kept) for laid, _ in rows]
+    device = view.features.device
+    stacked = lambda values: pad_sequence(list(values), batch_first=True).to(device)  # noqa: E731
+    weights = None
+    if not isinstance(view, TowerView):  # only what has passed the tower has planes beside it
+        weights = stacked(laid.weights for laid, _ in rows)
+    return Selection(
+        stacked(laid.kept for laid, _ in rows),
+        pad_sequence([tokens for _, tokens in rows], batch_first=True),
+        stacked(laid.owner for laid, _ in rows),
+        counts=None if len(set(counts)) == 1 else counts,
+        weights=weights,
+    )

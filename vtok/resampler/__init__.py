@@ -1,0 +1,9 @@
+"""Ordered visual tokens for vision-language models: a resampler whose every prefix is a coarser picture."""
+
+from vtok.resampler.config import ResamplerConfig
+from vtok.resampler.files import find, load, save
+from vtok.resampler.plan import Plan, plan
+from vtok.resampler.reader import FeatureReader
+from vtok.resampler.resampler import OrderedResampler
+
+__all__ = ["FeatureReader", "OrderedResampler", "Plan", "ResamplerConfig", "find", "load", "plan", "save"]

@@ -1,0 +1,64 @@
+"""Reads a picture's visual tokens back out of a prefix: the teacher of the first stage, thrown away afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vtok.resampler.config import ResamplerConfig
+from vtok.resampler.resampler import SIDE, cells
+from vtok.tokenizers import anchors
+from vtok.tokenizers.blocks import Block, initialise, sincos2d
+
+
+class FeatureReader(nn.Module):
+    """One query a cell attends to the tokens of a prefix and says what stood there.
+
+    Args:
+        config: of the resampler that it reads.
+        blocks: how many.
+    """
+
+    boxes: Tensor
+
+    def __init__(self, config: ResamplerConfig, blocks: int = 2) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.register_buffer("boxes", anchors.boxes(config.tokens, config.scheme), persistent=False)
+        self.enter = nn.Linear(config.dim, width, bias=False)
+        self.query = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList([Block(width, config.head_dim, width) for _ in range(blocks)])
+        self.norm = nn.LayerNorm(width)
+        self.leave = nn.Linear(width, config.dim)
+        initialise(self)
+
+    def forward(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, N, D) standardised tokens of a grid (rows, columns), from the first k tokens z (B, k, D)."""
+        width = self.config.width
+        middles = sincos2d(anchors.centres(self.boxes[: z.shape[1]]) * SIDE, width)
+        context = self.enter(standard(z)) + middles.to(z.dtype)
+        places = sincos2d(cells(*grid, z.device), width).to(z.dtype)
+        h = (places + self.query).expand(z.shape[0], -1, -1)
+        for block in self.blocks:
+            h = h + block.cross(block.norm_cross(h), block.norm_context(context))
+            h = h + block.mlp(block.norm_mlp(h))
+        return self.leave(self.norm(h))
+
+    def loss(self, z: Tensor, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """How much of x (B, N, D) cannot be read from z (B, k, D): the loss, and (B,) the explained share.
+
+        The loss is 1 - cosine plus smooth L1 on standardised tokens; the share is 1 - squared error over variance
+        within the picture, 0 for a reader that only knows the picture's mean.
+        """
+        target = standard(x).float()
+        found = self(z, grid).float()
+        cosine = 1 - F.cosine_similarity(found, target, dim=-1).mean()
+        wrong = (found - target).square().sum((1, 2))
+        whole = (target - target.mean(1, keepdim=True)).square().sum((1, 2))
+        return cosine + F.smooth_l1_loss(found, target), (1 - wrong / whole.clamp_min(1e-6)).detach()
+
+
+def standard(x: Tensor) -> Tensor:
+    """Every token less its mean, by its spread, in fp32."""
+    return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)

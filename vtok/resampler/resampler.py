@@ -1,0 +1,137 @@
+"""OrderedResampler: k ordered visual tokens of a picture, pooling plus what was learnt about it.
+
+After FlexTok (arXiv 2502.13967): registers that are causal among themselves, so that the first k of K tokens are what
+a run with k gives. Unlike FlexTok's, a register is anchored: it starts as the average over its box of the picture, and
+the output is that average plus a correction whose last matrix starts at zero. Untrained it is multi-scale average
+pooling (arXiv 2405.17430), trained it is that and more. Cross-attention has keys made of content and position; with
+keys of position alone (arXiv 2405.19315) it would be one fixed pooling for all pictures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.errors import VtokError
+from vtok.resampler.config import ResamplerConfig
+from vtok.tokenizers import anchors
+from vtok.tokenizers.blocks import Block, grid_points, initialise, sincos2d
+from vtok.tokenizers.halting import HaltingHead, halt
+
+#: positions of anchors and cells count in 24ths of the picture, whatever its grid: CLIP's at 336 pixels
+SIDE = 24
+
+
+class OrderedResampler(nn.Module):
+    """Visual tokens of a picture to fewer, in an order from coarse to fine.
+
+    Args:
+        config: its sizes.
+
+    Attributes:
+        boxes: (K, 4) anchors.
+    """
+
+    boxes: Tensor
+    level: Tensor
+
+    def __init__(self, config: ResamplerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.register_buffer("boxes", anchors.boxes(config.tokens, config.scheme), persistent=False)
+        level = anchors.levels(config.tokens, config.scheme)
+        self.register_buffer("level", level, persistent=False)
+        self.norm_in = nn.LayerNorm(config.dim)
+        self.enter = nn.Linear(config.dim, width, bias=False)
+        self.levels = nn.Embedding(int(level.max()) + 1, width)
+        self.registers = nn.Parameter(torch.empty(config.tokens, width))
+        self.blocks = nn.ModuleList([Block(width, config.head_dim, width) for _ in range(config.blocks)])
+        self.norm_out = nn.LayerNorm(width)
+        self.leave = nn.Linear(width, config.dim, bias=False)
+        initialise(self)
+        nn.init.normal_(self.levels.weight, std=0.02)
+        nn.init.trunc_normal_(self.registers, std=0.02)
+        nn.init.zeros_(self.leave.weight)
+        if config.halting:
+            self.halting = HaltingHead(width)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], k: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, k, D) tokens of x (B, N, D), in the anchors' order.
+
+        Args:
+            x: visual tokens in raster order.
+            grid: (rows, columns) of them.
+            k: how many; K where ``None``.
+            mask: (B, N) bool, False on cells that show nothing.
+
+        Raises:
+            VtokError: k that is not in 1..K, or tokens that do not fill the grid or have other channels.
+        """
+        return self.read(x, grid, k, mask)[0]
+
+    def read(
+        self, x: Tensor, grid: tuple[int, int], k: int | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B, k, D) as ``forward`` gives them, and what the registers hold (B, k, width)."""
+        k = self._checked(x, grid, k)
+        pooled = self.pooled(x, grid, k, mask)
+        where = sincos2d(cells(*grid, x.device), self.config.width).to(x.dtype)
+        middles = sincos2d(anchors.centres(self.boxes[:k]) * SIDE, self.config.width).to(x.dtype)
+        context = self.enter(self.norm_in(x)) + where
+        h = self.enter(self.norm_in(pooled)) + middles + self.levels(self.level[:k]) + self.registers[:k]
+        seen = None if mask is None else mask[:, None, None, :]
+        for block in self.blocks:
+            h = _through(block, h, context, seen)
+        h = self.norm_out(h)
+        return pooled + self.leave(h), h
+
+    def pooled(self, x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = None) -> Tensor:
+        """(B, k, D) averages of x over the first k boxes: what an untrained resampler gives."""
+        weights = anchors.pooling(self.boxes[:k], *grid, mask=mask)
+        return weights.to(x) @ x
+
+    def enough(self, registers: Tensor, quality: float) -> Tensor:
+        """(B,) how many tokens pictures need whose registers (B, k, width) ``read`` gave: at most k.
+
+        Args:
+            registers: what ``read`` gave.
+            quality: share of a picture's features that its tokens must explain, in (0, 1).
+        """
+        if not self.config.halting:
+            raise VtokError("this resampler has no halting head; distil it with --halting, or choose k yourself")
+        error = registers.new_full((len(registers),), 1 - quality)
+        return halt(self.halting(registers, error))
+
+    def _checked(self, x: Tensor, grid: tuple[int, int], k: int | None) -> int:
+        most = self.config.tokens
+        if k is None:
+            k = most
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
+            raise VtokError(f"k={k!r} tokens are not to be had: this resampler gives 1 to {most} of a picture")
+        if x.ndim != 3 or x.shape[1] != grid[0] * grid[1]:
+            raise VtokError(
+                f"visual tokens of shape {tuple(x.shape)} do not fill a grid of {grid[0]} x {grid[1]}; give (B, rows * "
+                "columns, D) in raster order"
+            )
+        if x.shape[2] != self.config.dim:
+            raise VtokError(
+                f"this resampler is for visual tokens of {self.config.dim} channels, and these have {x.shape[2]}: its "
+                "weights belong to another model"
+            )
+        return k
+
+
+def _through(block: Any, h: Tensor, context: Tensor, seen: Tensor | None) -> Tensor:
+    """A block whose cross-attention leaves masked cells out; ``seen`` (B, 1, 1, N) or ``None``."""
+    h = h + block.attention(block.norm_attention(h), causal=True)
+    h = h + block.cross(block.norm_cross(h), block.norm_context(context), mask=seen)
+    return h + block.mlp(block.norm_mlp(h))
+
+
+def cells(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows * columns, 2) centres ``y x`` of a grid's cells, on the scale of the anchors' centres."""
+    scale = torch.tensor([SIDE / rows, SIDE / columns], device=device)
+    return (grid_points(rows, columns).to(device) + 0.5) * scale
