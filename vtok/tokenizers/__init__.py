@@ -6,8 +6,10 @@
 >>> pictures = tokenizer.decode(tokens[:, :4])  # doctest: +SKIP
 """
 
+from vtok.tokenizers.bridge import TokenBridge
 from vtok.tokenizers.config import PRESETS, TokenizerConfig, preset
 from vtok.tokenizers.flextok import FlexTok
 from vtok.tokenizers.flow import Guidance
+from vtok.tokenizers.hub import from_flextok
 
-__all__ = ["PRESETS", "FlexTok", "Guidance", "TokenizerConfig", "preset"]
+__all__ = ["PRESETS", "FlexTok", "Guidance", "TokenBridge", "TokenizerConfig", "from_flextok", "preset"]

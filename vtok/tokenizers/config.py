@@ -53,6 +53,7 @@ class TokenizerConfig:
             (half of a batch pow2, half K) or ``"none"`` (always K).
         null_rate: share of samples trained without any token, for guidance (flow decoder).
         guidance: of the flow decoder where ``decode`` is given none; 1 is none at all.
+        time_scale: what times in [0, 1] are multiplied by before they become waves (flow decoder).
         repa: channels of the features that the decoder's patches are aligned to (REPA, arXiv 2410.06940); 0: no head.
         repa_block: decoder block (from 0) behind which they are read.
         repa_weight: of that loss.
@@ -91,6 +92,7 @@ class TokenizerConfig:
     sampler: str = "uniform_pow2"
     null_rate: float = 0.1
     guidance: float = 1.0
+    time_scale: float = 1000.0
     repa: int = 0
     repa_block: int = 1
     repa_weight: float = 1.0
@@ -143,6 +145,8 @@ class TokenizerConfig:
                 "unordered registers are all needed and stand for no place: set sampler='none', anchors=False, "
                 "padding=0 and halting=False with ordered=False"
             )
+        if self.hierarchy and not self.repa:
+            raise VtokError("hierarchy weighs the alignment to features; give repa, their number of channels, with it")
         if self.repa and self.repa_block >= self.decoder_depth:
             raise VtokError(
                 f"repa_block={self.repa_block} is behind the last of {self.decoder_depth} decoder blocks; lower it"

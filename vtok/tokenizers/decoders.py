@@ -70,7 +70,7 @@ class Decoder(nn.Module):
 
     def registers(self, values: Tensor, keep: Tensor) -> Tensor:
         """(B, slots, width) from values (B, k, dim), of which the first keep (B,) count."""
-        x = self.read(values)
+        x = self.read(values.to(self.read.weight.dtype))
         x = F.pad(x, (0, 0, 0, len(self.register_positions) - x.shape[1])) + self.register_positions
         if self.config.anchors:
             x = x + self.places
@@ -160,8 +160,9 @@ class Flow(Decoder):
 
     def forward(self, x: Tensor, time: Tensor, registers: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity (B, C, S, S) and features of the patches, at noised signals x and times (B,)."""
-        condition = self.time(time_waves(time.to(x.device)).to(registers.dtype))
-        patches = self.patch(patchify(x, self.config.patch))
+        waves = time_waves(time.to(x.device), self.config.time_scale)
+        condition = self.time(waves.to(registers.dtype))
+        patches = self.patch(patchify(x.to(self.patch.weight.dtype), self.config.patch))
         y, features = self.run(patches, registers, condition)
         shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, -1)
         return self.signal(self.write(modulated(self.norm(y), shift, scale))), features
@@ -197,9 +198,9 @@ class Flow(Decoder):
         return flow.euler(velocity, noise, steps)
 
 
-def time_waves(time: Tensor, count: int = 256, period: float = 256.0) -> Tensor:
-    """(B, count) cosines, then sines, of 1000 t at rates from 1 down to nearly 1 / period."""
-    rate = 1000 * torch.exp(-math.log(period) * torch.arange(count // 2, dtype=torch.float32) / (count // 2))
+def time_waves(time: Tensor, scale: float = 1000.0, count: int = 256, period: float = 256.0) -> Tensor:
+    """(B, count) cosines, then sines, of times (B,) at rates from ``scale`` down to nearly scale / period."""
+    rate = scale * torch.exp(-math.log(period) * torch.arange(count // 2, dtype=torch.float32) / (count // 2))
     angle = time.float()[:, None] * rate.to(time.device)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
@@ -229,7 +230,7 @@ class Alignment(nn.Module):
         grid = math.isqrt(patches.shape[1])
         x = patches.transpose(1, 2).unflatten(2, (grid, grid)).float()
         x = F.interpolate(x, features.shape[-2:], mode="bilinear", align_corners=False)
-        x = self.mlp(x.flatten(2).transpose(1, 2))
+        x = self.mlp(x.flatten(2).transpose(1, 2).to(self.mlp[1].weight.dtype)).float()
         return 1 - F.cosine_similarity(x, features.flatten(2).transpose(1, 2), dim=-1).mean(1)
 
 

@@ -46,7 +46,7 @@ class Encoder(nn.Module):
             signal: (B, C, S, S).
             slots: registers that run, up to tokens + padding.
         """
-        patches = self.patch(patchify(signal, self.config.patch))
+        patches = self.patch(patchify(signal.to(self.patch.weight.dtype), self.config.patch))
         registers = self.registers[:slots].expand(len(signal), -1, -1)
         if self.config.anchors:
             registers = registers + self.pooling[:slots] @ patches + self.places[:slots]

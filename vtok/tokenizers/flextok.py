@@ -72,7 +72,7 @@ class FlexTok(nn.Module):
     # signals
 
     def to_signal(self, images: Tensor) -> Tensor:
-        """(B, C, S, S) of images (B, 3, H, W) in [0, 1]: pixels in [-1, 1], or the means of a VAE's latents.
+        """(B, C, S, S) of images (B, C, H, W) in [0, 1]: pixels in [-1, 1], or the means of a VAE's latents.
 
         Raises:
             VtokError: another shape or dtype, or no VAE where one is needed.
@@ -93,11 +93,11 @@ class FlexTok(nn.Module):
             return self._needed_vae().encode(pixels).latent_dist.mode() * self.config.vae_scale
 
     def to_images(self, signal: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of a signal (B, C, S, S)."""
+        """Images (B, 3, H, W) in [0, 1], fp32, of a signal (B, C, S, S)."""
         if self.config.vae:
             with torch.no_grad():
                 signal = self._needed_vae().decode(signal / self.config.vae_scale).sample
-        return ((signal + 1) / 2).clamp(0, 1)
+        return ((signal.float() + 1) / 2).clamp(0, 1)
 
     def _needed_vae(self) -> Any:
         if self.vae is None:
@@ -115,9 +115,7 @@ class FlexTok(nn.Module):
 
     def embed_signal(self, signal: Tensor, k: int | None = None) -> Tensor:
         """``embed`` of a signal (B, C, S, S)."""
-        count = self._count(k)
-        slots = count if self.config.ordered else self.config.tokens
-        return self.to_tokens(self.encoder(signal, slots))
+        return self.to_tokens(self.encoder(signal, self._count(k)))
 
     @torch.no_grad()
     def encode(self, images: Tensor, k: int | str | None = None, *, quality: float = 0.05) -> Any:
@@ -140,20 +138,15 @@ class FlexTok(nn.Module):
     @torch.no_grad()
     def encode_signal(self, signal: Tensor, k: int | str | None = None, *, quality: float = 0.05) -> Any:
         """``encode`` of a signal (B, C, S, S)."""
-        training = self.training
-        self.eval()
-        try:
-            if k != "auto":
-                return self.quantiser(self.embed_signal(signal, k)).tokens  # type: ignore[arg-type]
-            if self.halting is None:
-                raise VtokError("k='auto' needs a halting head; train a tokenizer with halting=True, or give k")
-            asked = halting.wanted(quality, len(signal))
-            registers = self.encoder(signal, self.config.tokens)
-            keep = halting.halt(self.halting(registers, asked)).tolist()
-            tokens = self.quantiser(self.to_tokens(registers)).tokens
-            return [sequence[:count] for sequence, count in zip(tokens, keep, strict=True)]
-        finally:
-            self.train(training)
+        if k != "auto":
+            return self.quantiser.tokens(self.to_tokens(self.encoder(signal, self._count(k))))
+        if self.halting is None:
+            raise VtokError("k='auto' needs a halting head; train a tokenizer with halting=True, or give k")
+        asked = halting.wanted(quality, len(signal))
+        registers = self.encoder(signal, self.config.tokens)
+        keep = halting.halt(self.halting(registers, asked)).tolist()
+        tokens = self.quantiser.tokens(self.to_tokens(registers))
+        return [sequence[:count] for sequence, count in zip(tokens, keep, strict=True)]
 
     @torch.no_grad()
     def decode(
@@ -231,8 +224,8 @@ class FlexTok(nn.Module):
             raise VtokError(f"k={k!r} must be a whole number from 1 to {self.config.tokens}, this tokenizer's tokens")
         if not self.config.ordered and k != self.config.tokens:
             raise VtokError(
-                f"this tokenizer is unordered, so all {self.config.tokens} tokens are needed and k={k} is not possible; "
-                "train one with ordered=True"
+                f"this tokenizer is unordered, so all {self.config.tokens} tokens are needed and k={k} is not "
+                "possible; train one with ordered=True"
             )
         return k
 
@@ -308,7 +301,7 @@ class FlexTok(nn.Module):
             with torch.no_grad():
                 estimate = self.decoder.estimate(values, keep, noise)
         with torch.no_grad():
-            error = (self.to_images(estimate.float()) - self.to_images(signal)).abs().flatten(1).mean(1)
+            error = (self.to_images(estimate) - self.to_images(signal)).abs().flatten(1).mean(1)
         asked = halting.ask(error, generator)
         logits = self.halting(registers[:, :count].detach(), asked)
         return halting.halting_loss(logits, keep.clamp_max(count), error, asked.to(error.device))

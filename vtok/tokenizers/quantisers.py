@@ -12,16 +12,14 @@ from vtok.tokenizers.config import TokenizerConfig
 
 
 class Quantised(NamedTuple):
-    """What a quantiser makes of z.
+    """What the decoder is trained on.
 
     Attributes:
         values: (B, K, dim) what the decoder reads, with gradients to z.
-        tokens: (B, K) long, or ``values`` where tokens are continuous.
         losses: name -> scalar, to be added to the training loss.
     """
 
     values: Tensor
-    tokens: Tensor
     losses: dict[str, Tensor]
 
 
@@ -39,8 +37,12 @@ class Quantiser(nn.Module):
     codes: int | None = None
 
     def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Quantised:
-        """Quantise; what is random in training draws from ``generator`` (on the CPU)."""
+        """Quantise; in training mode with losses, and with what is random drawn from ``generator`` (on the CPU)."""
         raise NotImplementedError
+
+    def tokens(self, z: Tensor) -> Tensor:
+        """(B, K) long, or (B, K, dim) where tokens are continuous; nothing is random, whatever the mode."""
+        return z
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, k, dim) values of tokens (B, k) long, or (B, k, dim) where they are continuous."""
@@ -63,8 +65,10 @@ class FSQ(Quantiser):
 
     def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Quantised:
         with torch.autocast(z.device.type, enabled=False):
-            values, tokens = self.core(z.float())
-        return Quantised(values, tokens.long(), {})
+            return Quantised(self.core(z.float())[0], {})
+
+    def tokens(self, z: Tensor) -> Tensor:
+        return self.core(z.float())[1].long()
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.core.indices_to_codes(tokens)
@@ -87,8 +91,11 @@ class VQ(Quantiser):
 
     def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Quantised:
         with torch.autocast(z.device.type, enabled=False):
-            values, tokens, commitment = self.core(z.float(), freeze_codebook=not self.training)
-        return Quantised(values, tokens, {"commitment": commitment.sum()} if self.training else {})
+            values, _, commitment = self.core(z.float(), freeze_codebook=not self.training)
+        return Quantised(values, {"commitment": commitment.sum()} if self.training else {})
+
+    def tokens(self, z: Tensor) -> Tensor:
+        return (z.float() @ self.core.codebook.T).argmax(-1)  # codes are unit vectors, so the length of z is no matter
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.core.get_output_from_indices(tokens)
@@ -118,8 +125,10 @@ class Binary(Quantiser):
         bits = p > cut
         hard = 2.0 * bits - 1
         values = hard + 2 * (p - p.detach())  # the gradient of 2 p - 1
-        losses = {"bits": (p * (1 - p)).mean()} if self.training else {}
-        return Quantised(values, (bits * self.powers).sum(-1), losses)
+        return Quantised(values, {"bits": (p * (1 - p)).mean()} if self.training else {})
+
+    def tokens(self, z: Tensor) -> Tensor:
+        return ((z > 0) * self.powers).sum(-1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return 2.0 * ((tokens[..., None] & self.powers) > 0) - 1
@@ -140,10 +149,13 @@ class KL(Quantiser):
         mean, log_variance = z.float().chunk(2, -1)
         log_variance = log_variance.clamp(-30.0, 20.0)
         if not self.training:
-            return Quantised(mean, mean, {})
+            return Quantised(mean, {})
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean()
-        return Quantised(mean + noise * (0.5 * log_variance).exp(), mean, {"kl": kl})
+        return Quantised(mean + noise * (0.5 * log_variance).exp(), {"kl": kl})
+
+    def tokens(self, z: Tensor) -> Tensor:
+        return z.float().chunk(2, -1)[0]
 
 
 class Continuous(Quantiser):
@@ -158,7 +170,7 @@ class Continuous(Quantiser):
         self.inputs, self.dim = dim, dim
 
     def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Quantised:
-        return Quantised(z, z, {})
+        return Quantised(z, {})
 
 
 def build(config: TokenizerConfig) -> Quantiser:
