@@ -21,7 +21,12 @@ from vtok.errors import VtokError
 
 #: sub-commands that live elsewhere: name -> "module:function", or an app with sub-commands of its own; imported when
 #: asked for, absent while the module is
-ELSEWHERE = {"bench": "vtok.bench.app:app", "eval": "vtok_eval.harness:command", "tune": "vtok_eval.tune:command"}
+ELSEWHERE = {
+    "bench": "vtok.bench.app:app",
+    "eval": "vtok_eval.harness:command",
+    "tokenizer": "vtok.tokenizers.app:app",
+    "tune": "vtok_eval.tune:command",
+}
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

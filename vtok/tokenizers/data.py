@@ -58,8 +58,8 @@ class Pictures:
             raise VtokError(f"{self.name} has no end; say how many of its pictures to take (--limit)")
         return self.count
 
-    def readable(self, limit: int | None = None) -> Iterator[tuple[int, str, Image.Image | str]]:
-        """Number, label, and picture, or the reason why there is none, in order.
+    def readable(self, limit: int | None = None) -> Iterator[tuple[str, Image.Image | str]]:
+        """Label and picture, or the reason why there is none, in order.
 
         Parameters
         ----------
@@ -68,9 +68,9 @@ class Pictures:
         """
         for number in range(len(self) if limit is None else min(limit, self.count or limit)):
             try:
-                yield number, self.label(number), self.picture(number)
+                yield self.label(number), self.picture(number)
             except VtokError as error:
-                yield number, self.label(number), str(error)
+                yield self.label(number), str(error)
 
 
 def sources() -> dict[str, EntryPoint]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,31 +141,56 @@ def train(
     return tokenizer
 
 
-def views(pictures: Pictures, side: int, limit: int, batch: int = 32) -> tuple[list[Tensor], list[str], dict[str, str]]:
-    """The middles of pictures, to measure with.
+def stream(
+    pictures: Pictures, side: int, limit: int | None, odd: dict[str, str], batch: int = 32
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """The middles of pictures, batch by batch, with a bar.
 
-    Returns
-    -------
+    Parameters
+    ----------
+    pictures : Pictures
+        Of which at most ``limit`` are taken.
+    side : int
+        Pixels.
+    odd : dict
+        Filled with label -> reason of those that cannot be read.
+    batch : int
+        Pictures in a batch.
+
+    Yields
+    ------
     tuple
-        Batches (B, 3, side, side) in [0, 1]; labels in their order; label -> reason of those that cannot be read.
+        (B, 3, side, side) in [0, 1], and B labels.
 
     Raises
     ------
     VtokError
         None of them can be read.
     """
-    found, labels, odd = [], [], {}
-    with progress(f"read {pictures.name}", min(limit, pictures.count or limit)) as advance:
-        for _, label, image in pictures.readable(limit):
+    found: list[Tensor] = []
+    labels: list[str] = []
+    total = len(pictures) if limit is None else min(limit, pictures.count or limit)
+    with progress(pictures.name, total) as advance:
+        for label, image in pictures.readable(limit):
             if isinstance(image, str):
                 odd[label] = image
             else:
                 found.append(view(image, side))
                 labels.append(label)
             advance(1)
-    if not found:
+            if len(found) == batch:
+                yield torch.stack(found), labels
+                found, labels = [], []
+    if found:
+        yield torch.stack(found), labels
+    if len(odd) == total:
         raise VtokError(f"none of the pictures of {pictures.name} can be read: {next(iter(odd.values()))}")
-    return [torch.stack(found[i : i + batch]) for i in range(0, len(found), batch)], labels, odd
+
+
+def views(pictures: Pictures, side: int, limit: int) -> tuple[list[Tensor], dict[str, str]]:
+    """All batches of ``stream``, and label -> reason of those that cannot be read."""
+    odd: dict[str, str] = {}
+    return [images for images, _ in stream(pictures, side, limit, odd)], odd
 
 
 def assess(
@@ -197,8 +222,8 @@ def assess(
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {}
     for pictures in held_out:
-        batches, labels, odd = views(pictures, tokenizer.config.image_size, limit)
-        with progress(f"reconstruct {pictures.name}", len(labels)) as advance:
+        batches, odd = views(pictures, tokenizer.config.image_size, limit)
+        with progress(f"reconstruct {pictures.name}", sum(map(len, batches))) as advance:
             curve = metrics.curve(tokenizer, batches, advance=advance, **decoding)
         entry: dict[str, Any] = {"curve": curve.as_dict(), "left_out": odd}
         if tokenizer.codes:
