@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import vtok
+from vtok.api import adapter_of
+from vtok.engine.plan import shape_of, stages_of
 from vtok.method import registry
 
 from .models import FAMILIES, QWEN, build
@@ -42,6 +44,14 @@ def settings(method: str, family: str = "", **changes: Any) -> dict[str, Any]:
 def site(method: str) -> str:
     """Where a method acts first."""
     return registry()[method].site
+
+
+def acts_in_tower(method: str, family: str) -> bool:
+    """Whether a method has a stage inside or right behind the vision tower of a family (flextok has on some)."""
+    shape = shape_of(adapter_of(SHARED(family)))
+    chosen = settings(method, family)
+    chosen.pop("keep")
+    return any(stage.site == "encoder" for stage in stages_of(vtok.get(method, **chosen), shape))
 
 
 class Models:

@@ -17,26 +17,40 @@ from vtok.errors import VtokError
 from vtok.resampler.config import ResamplerConfig
 from vtok.resampler.resampler import OrderedResampler
 
-#: installed packages ship trained resamplers under this group: a function without arguments that returns the folder
+#: installed packages ship trained resamplers under this group: a function from the entry's name to the folder
 GROUP = "vtok.resamplers"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 #: numbers of a fingerprint
 MARKS = 64
 
 
-def save(resampler: OrderedResampler, folder: str | Path) -> Path:
-    """Write ``config.json`` and ``model.safetensors``; returns the folder, made where missing."""
+def save(resampler: OrderedResampler, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write ``config.json`` and ``model.safetensors``; returns the folder, made where missing.
+
+    Args:
+        resampler: what to save; ``load`` gives it back bit by bit where no ``dtype`` is given.
+        folder: made where missing.
+        dtype: of what was trained, smaller to ship; a channel's mean and spread stay in fp32.
+
+    Raises:
+        VtokError: ``folder`` is a file.
+    """
     folder = Path(folder)
     if folder.is_file():
         raise VtokError(f"{folder} is a file; a resampler needs the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(resampler.config.to_json(), encoding="utf-8")
-    save_file({key: value.detach().contiguous().cpu() for key, value in resampler.state_dict().items()}, folder / WEIGHTS)
+    trained = dict(resampler.named_parameters())
+    tensors = {
+        key: value.detach().to("cpu", dtype if key in trained and dtype else value.dtype, copy=True).contiguous()
+        for key, value in resampler.state_dict().items()
+    }
+    save_file(tensors, folder / WEIGHTS)
     return folder
 
 
 def load(source: str | Path) -> OrderedResampler:
-    """The resampler of a folder or a name, in eval mode, frozen.
+    """The resampler of a folder or a name, in fp32, eval mode, frozen.
 
     Raises:
         VtokError: no such folder or name, a file that is missing or damaged, or weights that do not fit their
@@ -51,9 +65,7 @@ def load(source: str | Path) -> OrderedResampler:
         raise VtokError(f"{folder / CONFIG} is no resampler's configuration; take what vtok tokenizer distill wrote")
     resampler = OrderedResampler(ResamplerConfig.of(fields))
     try:
-        tensors = load_file(folder / WEIGHTS)
-        kinds = {value.dtype for value in tensors.values()}
-        resampler.to(kinds.pop() if len(kinds) == 1 else torch.float32).load_state_dict(tensors)
+        resampler.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise VtokError(f"{folder / WEIGHTS} cannot be loaded ({_first(error)}); distil the resampler again") from error
     return resampler.eval().requires_grad_(False)
@@ -70,7 +82,7 @@ def find(source: str | Path) -> Path:
         return folder
     named = names()
     if str(source) in named:
-        found = Path(named[str(source)].load()())
+        found = Path(named[str(source)].load()(str(source)))
         if (found / CONFIG).is_file() and (found / WEIGHTS).is_file():
             return found
         raise VtokError(

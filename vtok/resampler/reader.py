@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtok.resampler.config import ResamplerConfig
-from vtok.resampler.resampler import SIDE, cells
+from vtok.resampler.resampler import SIDE, OrderedResampler, cells
 from vtok.tokenizers import anchors
 from vtok.tokenizers.blocks import Block, initialise, sincos2d
 
@@ -21,10 +21,14 @@ class FeatureReader(nn.Module):
     """
 
     boxes: Tensor
+    mean: Tensor
+    spread: Tensor
 
     def __init__(self, config: ResamplerConfig, blocks: int = 2) -> None:
         super().__init__()
         self.config, width = config, config.width
+        self.register_buffer("mean", torch.zeros(config.dim))
+        self.register_buffer("spread", torch.ones(config.dim))
         self.register_buffer("boxes", anchors.boxes(config.tokens, config.scheme), persistent=False)
         self.enter = nn.Linear(config.dim, width, bias=False)
         self.query = nn.Parameter(torch.zeros(width))
@@ -37,7 +41,7 @@ class FeatureReader(nn.Module):
         """(B, N, D) standardised tokens of a grid (rows, columns), from the first k tokens z (B, k, D)."""
         width = self.config.width
         middles = sincos2d(anchors.centres(self.boxes[: z.shape[1]]) * SIDE, width)
-        context = self.enter(standard(z)) + middles.to(z.dtype)
+        context = self.enter(self.standard(z)) + middles.to(z.dtype)
         places = sincos2d(cells(*grid, z.device), width).to(z.dtype)
         h = (places + self.query).expand(z.shape[0], -1, -1)
         for block in self.blocks:
@@ -48,17 +52,22 @@ class FeatureReader(nn.Module):
     def loss(self, z: Tensor, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """How much of x (B, N, D) cannot be read from z (B, k, D): the loss, and (B,) the explained share.
 
-        The loss is 1 - cosine plus smooth L1 on standardised tokens; the share is 1 - squared error over variance
+        The loss is 1 - cosine plus smooth L1 on standardised channels; the share is 1 - squared error over variance
         within the picture, 0 for a reader that only knows the picture's mean.
         """
-        target = standard(x).float()
+        target = self.standard(x).float()
         found = self(z, grid).float()
         cosine = 1 - F.cosine_similarity(found, target, dim=-1).mean()
         wrong = (found - target).square().sum((1, 2))
         whole = (target - target.mean(1, keepdim=True)).square().sum((1, 2))
         return cosine + F.smooth_l1_loss(found, target), (1 - wrong / whole.clamp_min(1e-6)).detach()
 
+    def standard(self, x: Tensor) -> Tensor:
+        """Every channel less its mean, by its spread: the same for all pictures, so that plain ones stay plain."""
+        return (x - self.mean) / self.spread
 
-def standard(x: Tensor) -> Tensor:
-    """Every token less its mean, by its spread, in fp32."""
-    return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
+    @torch.no_grad()
+    def measure(self, resampler: OrderedResampler) -> None:
+        """Take over a resampler's mean and spread."""
+        self.mean.copy_(resampler.mean)
+        self.spread.copy_(resampler.spread)

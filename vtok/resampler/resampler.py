@@ -32,10 +32,13 @@ class OrderedResampler(nn.Module):
 
     Attributes:
         boxes: (K, 4) anchors.
+        mean, spread: (D,) of the visual tokens' channels, by ``measure``.
     """
 
     boxes: Tensor
     level: Tensor
+    mean: Tensor
+    spread: Tensor
 
     def __init__(self, config: ResamplerConfig) -> None:
         super().__init__()
@@ -44,6 +47,9 @@ class OrderedResampler(nn.Module):
         self.register_buffer("boxes", anchors.boxes(config.tokens, config.scheme), persistent=False)
         level = anchors.levels(config.tokens, config.scheme)
         self.register_buffer("level", level, persistent=False)
+        # a few of a tower's channels may be a hundred times the others, and a norm would see nothing else
+        self.register_buffer("mean", torch.zeros(config.dim))
+        self.register_buffer("spread", torch.ones(config.dim))
         self.norm_in = nn.LayerNorm(config.dim)
         self.enter = nn.Linear(config.dim, width, bias=False)
         self.levels = nn.Embedding(int(level.max()) + 1, width)
@@ -80,18 +86,30 @@ class OrderedResampler(nn.Module):
         pooled = self.pooled(x, grid, k, mask)
         where = sincos2d(cells(*grid, x.device), self.config.width).to(x.dtype)
         middles = sincos2d(anchors.centres(self.boxes[:k]) * SIDE, self.config.width).to(x.dtype)
-        context = self.enter(self.norm_in(x)) + where
-        h = self.enter(self.norm_in(pooled)) + middles + self.levels(self.level[:k]) + self.registers[:k]
+        context = self._entered(x) + where
+        h = self._entered(pooled) + middles + self.levels(self.level[:k]) + self.registers[:k]
         seen = None if mask is None else mask[:, None, None, :]
         for block in self.blocks:
             h = _through(block, h, context, seen)
         h = self.norm_out(h)
-        return pooled + self.leave(h), h
+        return pooled + self.spread * self.leave(h), h
+
+    def _entered(self, x: Tensor) -> Tensor:
+        return self.enter(self.norm_in((x - self.mean) / self.spread))
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> None:
+        """Take each channel's mean and spread from visual tokens (..., D), before training."""
+        flat = x.float().flatten(0, -2)
+        self.mean.copy_(flat.mean(0))
+        self.spread.copy_(flat.std(0).clamp_min(1e-3 * float(flat.std(0).mean()) + 1e-12))
 
     def pooled(self, x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = None) -> Tensor:
         """(B, k, D) averages of x over the first k boxes: what an untrained resampler gives."""
-        weights = anchors.pooling(self.boxes[:k], *grid, mask=mask)
-        return weights.to(x) @ x
+        weights = anchors.pooling(self.boxes[:k].float(), *grid, mask=mask)
+        # in bfloat16, channels a hundred times the others would lose what tells pictures apart
+        with torch.autocast(x.device.type, enabled=False):
+            return weights.to(x) @ x
 
     def enough(self, registers: Tensor, quality: float) -> Tensor:
         """(B,) how many tokens pictures need whose registers (B, k, width) ``read`` gave: at most k.

@@ -12,10 +12,11 @@ from vtok.cli import alone
 from vtok.errors import VtokError
 
 MODELS = ("nano-llava", "nano-qwen", "small-llava")
+RESAMPLERS = ("nano-llava-resampler", "nano-qwen-resampler")
 
 
 def command(
-    model: Annotated[str, typer.Argument(help=f"One of {', '.join(MODELS)}.")],
+    model: Annotated[str, typer.Argument(help=f"One of {', '.join((*MODELS, *RESAMPLERS))}.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints, log and model; runs/MODEL by default.")
     ] = None,
@@ -24,6 +25,9 @@ def command(
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one by default.")] = "",
     workers: Annotated[int, typer.Option(help="Processes that draw scenes.", min=0)] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in the folder.")] = True,
+    source: Annotated[
+        Path | None, typer.Option("--model", help="Folder of the model that a resampler is for; the embedded one else.")
+    ] = None,
 ) -> None:
     """Train an embedded model; interrupted, the same command goes on."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,8 +40,15 @@ def command(
         from vtok_eval.train import small
 
         small.train(folder, scale=scale, seed=seed, device=place, workers=workers, resume=resume)
+    elif model in RESAMPLERS:
+        from vtok_eval.train import resampler
+
+        name = model.removesuffix("-resampler")
+        resampler.run(
+            name, folder, source=source, seed=seed, scale=scale, device=place, workers=workers, resume=resume
+        )
     else:
-        raise VtokError(f"there is no recipe for {model!r}; known are {', '.join(MODELS)}")
+        raise VtokError(f"there is no recipe for {model!r}; known are {', '.join((*MODELS, *RESAMPLERS))}")
     typer.echo(f"wrote {folder}")
 
 

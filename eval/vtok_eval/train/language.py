@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,26 @@ HINT = 0.2
 
 #: of the parts of a symbol, what questions look for is louder, or a question finds itself rather than the token alike
 LOUD = {"thing": 2.0, "character": 5.0, "place": 2.0, "order": 5.0}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to the questions of a batch, answer token by answer token.
+
+    Attributes
+    ----------
+    logits : (A, V) Tensor
+        fp32.
+    target, turn : (A,) Tensor
+        The right token, and a number that tokens of one answer share.
+    starts : list of list of int
+        Columns at which questions begin, by item.
+    """
+
+    logits: Tensor
+    target: Tensor
+    turn: Tensor
+    starts: list[list[int]]
 
 
 class Talk(nn.Module):
@@ -241,6 +262,28 @@ class Talk(nn.Module):
             features = [_pooled(own, grid, self.pool) for own, grid in zip(features, flat, strict=True)]
         kept = [torch.arange(len(own)) for own in features] if self.sparse is None else self._kept(batch.labels)
         features = [own[index.to(device)] for own, index in zip(features, kept, strict=True)]
+        answers = self.answers(batch, features, kept)
+        tasks = [t.task for turns in batch.turns for t in turns]
+        loss, numbers = _score(answers.logits, answers.target, answers.turn, tasks)
+        if self.hints is None or self.hints.states is None:
+            return loss, numbers
+        embed = self.model.get_input_embeddings()
+        hint, right = self.hints.loss(batch, answers.starts, len(self.ask), embed.weight)
+        return loss + HINT * hint, numbers | right
+
+    def answers(self, batch: Batch, features: list[Tensor], kept: list[Tensor]) -> Answers:
+        """What the model says to all questions of a batch.
+
+        Parameters
+        ----------
+        batch : Batch
+            Questions and grids.
+        features : list of (kept, D) Tensor
+            What stands of every picture.
+        kept : list of (kept,) Tensor
+            Where it stands, ascending.
+        """
+        device = next(self.parameters()).device
         embed = self.model.get_input_embeddings()
         left = iter(kept)
         rows = [
@@ -266,18 +309,16 @@ class Talk(nn.Module):
             position_ids=positions if self.name == "nano-qwen" else positions[0],
             use_cache=False,
         ).last_hidden_state
-        asked = list(zip(rows, batch.turns, strict=True))
+        starts = [
+            [row["block"].index(tail) for tail in range(1, len(turns) + 1)]
+            for row, turns in zip(rows, batch.turns, strict=True)
+        ]
         # only answers meet the vocabulary; column i predicts label i + 1
         answers = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         logits = self.model.lm_head(hidden[:, :-1][answers]).float()
         target = labels[:, 1:][answers]
         turn = block[:, 1:][answers] + answers[0] * 1000
-        loss, numbers = _score(logits, target, turn, [t.task for turns in batch.turns for t in turns])
-        if self.hints is None or self.hints.states is None:
-            return loss, numbers
-        starts = [[row["block"].index(tail) for tail in range(1, len(turns) + 1)] for row, turns in asked]
-        hint, right = self.hints.loss(batch, starts, len(self.ask), embed.weight)
-        return loss + HINT * hint, numbers | right
+        return Answers(logits, target, turn, starts)
 
     def _row(
         self, grids: list[tuple[int, int]], turns: list[Turn], kept: list[list[int]] | None = None

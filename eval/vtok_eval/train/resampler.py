@@ -1,0 +1,277 @@
+"""Recipes of the resamplers of nano-llava and nano-qwen: distilled from these models as they stand.
+
+Each batch of scenes is drawn and seen once: what the tower makes of it and what the model answers with all tokens is
+kept on disk, and both stages learn from that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from vtok.api import adapter_of
+from vtok.errors import VtokError
+from vtok.io import plain
+from vtok.progress import progress
+from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig, files
+from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
+from vtok.resampler.plan import plan
+from vtok.training import Stage, train
+from vtok_eval.train.data import Batch, Scenes, moved
+from vtok_eval.train.language import Talk
+from vtok_eval.train.tower import matmul_patches
+
+#: sizes, and steps of what is drawn and of both stages
+RECIPES: dict[str, dict[str, Any]] = {
+    "nano-llava": {
+        "config": {"width": 192, "blocks": 3, "tokens": 256, "halting": True},
+        "drawn": 200,
+        "scenes": {"size": 8, "questions": 16, "pairs": 0.1, "lists": 0.1, "crowds": 0.1},
+        "features": {"steps": 500, "rate": 1e-3},
+        "answers": {"steps": 350, "rate": 5e-4},
+        "halting": {"steps": 100, "rate": 1e-3},
+    }
+}
+# fewer tokens of fewer channels: everything but the drawing costs half
+RECIPES["nano-qwen"] = RECIPES["nano-llava"] | {
+    "config": RECIPES["nano-llava"]["config"] | {"width": 128},
+    "features": {"steps": 600, "rate": 1e-3},
+    "answers": {"steps": 500, "rate": 5e-4},
+}
+
+
+def run(
+    name: str,
+    out: Path,
+    *,
+    source: Path | None = None,
+    seed: int = 0,
+    scale: float = 1.0,
+    device: str = "cpu",
+    workers: int = 0,
+    resume: bool = True,
+    loaded: tuple[Any, Any] | None = None,
+) -> Path:
+    """Distil a nano model's resampler.
+
+    Parameters
+    ----------
+    name : str
+        ``"nano-llava"`` or ``"nano-qwen"``.
+    out : Path
+        For what was drawn, checkpoints, log and the finished ``resampler/``.
+    source : Path, optional
+        Folder of the trained model; the embedded weights otherwise.
+    seed : int
+        Of weights and scenes.
+    scale : float
+        All step counts times this.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    workers : int
+        Processes that read what was drawn.
+    resume : bool
+        Go on from what is in ``out``.
+    loaded : tuple, optional
+        Model and processor, instead of a folder.
+
+    Returns
+    -------
+    Path
+        The folder of the finished resampler.
+
+    Raises
+    ------
+    VtokError
+        Unknown name, or a model whose weights are not there.
+    """
+    if name not in RECIPES:
+        raise VtokError(f"there is no recipe for a resampler of {name!r}; known are {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    model, processor = loaded or _loaded(name, source)
+    model = model.to(device).eval().requires_grad_(False)
+    talk = Talk(name, model, processor)
+    count = max(2, round(recipe["drawn"] * scale))
+    data = Scenes(name, processor, steps=count, seed=f"{name}/resampler/{seed}", pixels=False, **recipe["scenes"])
+    drawn = Drawn(name, processor, data, out / "drawn")
+    with matmul_patches(model):
+        drawn.fill(talk, resume)
+    torch.manual_seed(seed)
+    door = files.door(adapter_of(model))
+    config = files.made_for(ResamplerConfig(dim=door.dim, **recipe["config"]), door)
+    learned = Features(OrderedResampler(config), FeatureReader(config)).to(device)
+    learned.resampler.measure(torch.cat([x for i in range(min(4, count)) for x, _ in drawn.pictures(i)]).to(device))
+    learned.reader.measure(learned.resampler)
+    distil = Answering(talk, learned.resampler)
+
+    def features(seen: Seen) -> tuple[Tensor, dict[str, float]]:
+        return learned.loss(_on(seen.pictures, device), seen.progress)
+
+    # what the second stage makes of the tokens, the head and the reader have not seen: they learn it last
+    stages: list[tuple[str, Callable[[Seen], tuple[Tensor, dict[str, float]]], list[nn.Module]]] = [
+        ("features", features, [learned]),
+        ("answers", distil.step, [learned.resampler]),
+        ("halting", features, [learned.resampler.halting, learned.reader]),
+    ]
+    for stage, step, modules in stages:
+        total = max(1, round(recipe[stage]["steps"] * scale))
+        what = Stage(stage, total, [(modules, recipe[stage]["rate"])], step, warmup=max(1, min(50, total // 10)))
+        train(learned, what, Order(drawn, total, f"{seed}/{stage}"), out, workers=workers, resume=resume)
+    return files.save(learned.resampler, out / "resampler", torch.bfloat16)
+
+
+def _loaded(name: str, source: Path | None) -> tuple[Any, Any]:
+    import transformers
+
+    from vtok_eval import models
+
+    if source is None:
+        return models.load(name)
+    return plain(source, dtype=torch.float32), transformers.AutoProcessor.from_pretrained(source)
+
+
+def _on(pictures: Sequence[Picture], device: str | torch.device) -> list[Picture]:
+    return [(x.to(device), grid) for x, grid in pictures]
+
+
+class Seen:
+    """A batch of scenes as both stages see it.
+
+    Attributes
+    ----------
+    pictures : list of Picture
+        Features in front of the resampler, with their grids.
+    batch : Batch
+        Its questions.
+    teacher : (A, V) Tensor
+        What the model answers with all tokens.
+    progress : float
+        Of the stage, in [0, 1].
+    """
+
+    def __init__(self, pictures: list[Picture], batch: Batch, teacher: Tensor, progress: float) -> None:
+        self.pictures, self.batch, self.teacher, self.progress = pictures, batch, teacher, progress
+
+
+class Drawn:
+    """Batches of scenes on disk: a tower and a language model run once over each.
+
+    Parameters
+    ----------
+    name : str
+        Of the model.
+    processor
+        Its processor.
+    data : Scenes
+        Without pixels: questions are drawn anew each time, they cost little.
+    folder : Path
+        A file a batch.
+    """
+
+    def __init__(self, name: str, processor: Any, data: Scenes, folder: Path) -> None:
+        self.name, self.processor, self.data, self.folder = name, processor, data, folder
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.safetensors"
+
+    @torch.no_grad()
+    def fill(self, talk: Talk, resume: bool) -> None:
+        """Draw what is missing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [i for i in range(len(self)) if not (resume and self.path(i).exists())]
+        full = Scenes(
+            self.name, self.processor, self.data.size, len(self), self.data.seed, self.data.questions,
+            self.data.pairs, self.data.crowds, self.data.lists, kinds=self.data.kinds, rare=self.data.rare,
+        )  # fmt: skip
+        with progress("drawing scenes", len(missing)) as advance:
+            for number in missing:
+                batch = full[number]
+                found = entering(talk, moved(batch.images, next(talk.parameters()).device))
+                answers = talk.answers(batch, projected(talk, found), [torch.arange(len(x)) for x in found])
+                tensors = {"teacher": answers.logits.half(), "features": torch.cat(found).half()}
+                part = self.path(number).with_suffix(".part")
+                save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part)
+                part.replace(self.path(number))
+                advance()
+
+    def pictures(self, number: int) -> list[Picture]:
+        """Features of a batch's pictures, fp32."""
+        return self.read(number, 1.0).pictures
+
+    def read(self, number: int, progress: float) -> Seen:
+        tensors, batch = load_file(self.path(number)), self.data[number]
+        grids = [grid for own in batch.grids for grid in own]
+        sizes = [rows * columns for rows, columns in grids]
+        features = tensors["features"].float().split(sizes)
+        return Seen(list(zip(features, grids, strict=True)), batch, tensors["teacher"].float(), progress)
+
+
+class Order(Dataset):
+    """Step number i of a stage: every batch once, in a drawn order, then all again in another."""
+
+    def __init__(self, drawn: Drawn, steps: int, seed: str) -> None:
+        self.drawn, self.steps, self.seed = drawn, steps, seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Seen:
+        turn, place = divmod(step, len(self.drawn))
+        order = list(range(len(self.drawn)))
+        random.Random(f"train/{self.seed}/{turn}").shuffle(order)
+        return self.drawn.read(order[place], step / max(1, self.steps - 1))
+
+
+def entering(talk: Talk, images: dict[str, Tensor]) -> list[Tensor]:
+    """(n, D) of every picture where the resampler stands: before LLaVA's projector, after Qwen's merger."""
+    if talk.name != "nano-llava":
+        return talk.features(images)
+    entered: list[Tensor] = []
+    watch = talk.project.register_forward_pre_hook(lambda _, args: entered.append(args[0]), prepend=True)
+    try:
+        talk.features(images)
+    finally:
+        watch.remove()
+    return list(entered[0])
+
+
+def projected(talk: Talk, tokens: Sequence[Tensor]) -> list[Tensor]:
+    """Tokens as the language model gets them."""
+    if talk.name != "nano-llava":
+        return list(tokens)
+    return list(talk.project(torch.cat(list(tokens))).split([len(own) for own in tokens]))
+
+
+class Answering:
+    """Second stage: the language model, frozen, must say with a prefix what it says with all tokens."""
+
+    def __init__(self, talk: Talk, resampler: OrderedResampler) -> None:
+        self.talk, self.resampler = talk, resampler
+
+    def step(self, seen: Seen) -> tuple[Tensor, dict[str, float]]:
+        device = next(self.talk.parameters()).device
+        config = self.resampler.config
+        total = torch.zeros((), device=device)
+        numbers: dict[str, float] = {}
+        pictures = _on(seen.pictures, device)
+        whole = [self.resampler(x[None], grid)[0] for x, grid in pictures]
+        for name, k in zip(("all", "some"), prefixes(config.tokens, seen.progress), strict=True):
+            laid = [plan(min(k, len(x)), grid, config.scheme) for x, grid in pictures]
+            order = [own.places.argsort() for own in laid]
+            tokens = [z[own.to(device)] for z, own in zip(whole, order, strict=True)]
+            kept = [own.places[by] for own, by in zip(laid, order, strict=True)]
+            said = self.talk.answers(seen.batch, projected(self.talk, tokens), kept)
+            loss, found = answer_loss(said.logits, seen.teacher.to(device), said.target)
+            total = total + loss / 2
+            numbers |= {f"{key} {name}": value for key, value in found.items()}
+        return total, numbers

@@ -1,0 +1,108 @@
+"""What a resampler learns from: features that a reader finds in its prefixes, and a model's own answers.
+
+Every step looks at two prefixes, all K tokens and a random k ("sandwich", universally slimmable networks,
+arXiv 1903.05134). The random one's range grows from K down to 1 over the first half (EPIC, arXiv 2510.00515).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vtok.resampler.reader import FeatureReader
+from vtok.resampler.resampler import OrderedResampler
+from vtok.tokenizers.halting import ask, halting_loss
+
+#: visual tokens (n, D) of one picture with its grid (rows, columns)
+Picture = tuple[Tensor, tuple[int, int]]
+
+
+def prefixes(most: int, progress: float = 1.0) -> tuple[int, int]:
+    """K and a random k of 1..K, log-uniform; early on only from the upper end. Draws from torch's global generator.
+
+    Args:
+        most: K.
+        progress: of the training, in [0, 1].
+    """
+    least = most ** (1 - min(1.0, 2 * progress))
+    drawn = math.exp(torch.rand(()).item() * math.log((most + 1) / least)) * least
+    return most, max(1, min(most, int(drawn)))
+
+
+class Features(nn.Module):
+    """First stage: a reader must find a picture's features in every prefix. No language model runs.
+
+    Args:
+        resampler: what is trained.
+        reader: trained along, and thrown away.
+    """
+
+    def __init__(self, resampler: OrderedResampler, reader: FeatureReader) -> None:
+        super().__init__()
+        self.resampler, self.reader = resampler, reader
+
+    def loss(self, pictures: Sequence[Picture], progress: float = 1.0) -> tuple[Tensor, dict[str, float]]:
+        """Mean over pictures and prefixes, and the share of the features that each prefix explains, for the log."""
+        config, count = self.resampler.config, 0
+        explained: dict[str, list[float]] = defaultdict(list)
+        most, some = prefixes(config.tokens, progress)
+        whole: Tensor = torch.zeros(())
+        for grid, x in stacked(pictures):
+            z, registers = self.resampler.read(x, grid, most)
+            for k in (most, some):
+                loss, share = self.reader.loss(z[:, :k], x, grid)
+                explained["all" if k == most else "some"] += share.tolist()
+                if config.halting:
+                    error = (1 - share).clamp(1e-3, 4.0)
+                    asked = ask(error).to(error.device).clamp(1e-3, 1.0)
+                    # the head reads what is there; it must not bend the tokens to its own ends
+                    logits = self.resampler.halting(registers.detach(), asked)
+                    lengths = torch.full((len(x),), k, device=x.device)
+                    loss = loss + 0.1 * halting_loss(logits, lengths, error, asked)
+                whole = whole.to(x.device) + loss * len(x) / 2
+            count += len(x)
+        return whole / count, {name: sum(own) / len(own) for name, own in explained.items()}
+
+
+def stacked(pictures: Sequence[Picture]) -> list[tuple[tuple[int, int], Tensor]]:
+    """Pictures of one grid together: (grid, (B, n, D))."""
+    found: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    for x, grid in pictures:
+        found[grid].append(x)
+    return [(grid, torch.stack(own)) for grid, own in found.items()]
+
+
+def answer_loss(
+    student: Tensor, teacher: Tensor | tuple[Tensor, Tensor], target: Tensor, temperature: float = 1.0, weight: float = 0.7
+) -> tuple[Tensor, dict[str, float]]:
+    """Second stage: ``weight`` T^2 KL(teacher || student) + (1 - weight) cross-entropy, over answer tokens.
+
+    Args:
+        student: (A, V) logits with the resampler's tokens.
+        teacher: (A, V) logits of the same model with all tokens; or a pair of (A, C) logits and (A, C) token ids, its
+            best ones.
+        target: (A,) the right tokens.
+        temperature: T.
+        weight: of the divergence.
+    """
+    student = student.float()
+    values, some = (teacher[0], student.gather(1, teacher[1])) if isinstance(teacher, tuple) else (teacher, student)
+    wanted = (values.float() / temperature).log_softmax(-1)
+    found = (some / temperature).log_softmax(-1)
+    divergence = F.kl_div(found, wanted, log_target=True, reduction="batchmean") * temperature**2
+    truth = F.cross_entropy(student, target)
+    loss = weight * divergence + (1 - weight) * truth
+    right = (student.argmax(-1) == target).float().mean().item()
+    return loss, {"kl": divergence.item(), "right": right}
+
+
+@torch.no_grad()
+def spread_ratio(module: nn.Module, resampled: Tensor, whole: Tensor) -> float:
+    """How much wider or narrower the language model's input has become: its spread behind ``module`` with the
+    resampler's tokens, over that with all of the model's own. Far from 1 it sees what it was not trained on."""
+    return float(module(resampled).float().std() / module(whole).float().std().clamp_min(1e-9))
