@@ -1,7 +1,7 @@
 """What a resampler learns from: features that a reader finds in its prefixes, and a model's own answers.
 
-Every step looks at two prefixes, all K tokens and a random k ("sandwich", universally slimmable networks,
-arXiv 1903.05134). The random one's range grows from K down to 1 over the first half (EPIC, arXiv 2510.00515).
+Every step looks at two prefixes, a long one and a random k ("sandwich", universally slimmable networks,
+arXiv 1903.05134). The random one's range grows downwards to 1 over the first half (EPIC, arXiv 2510.00515).
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from vtok.tokenizers.halting import ask, halting_loss
 Picture = tuple[Tensor, tuple[int, int]]
 
 
-def prefixes(most: int, progress: float = 1.0) -> tuple[int, int]:
-    """K and a random k of 1..K, log-uniform; early on only from the upper end. Draws from torch's global generator.
+def prefixes(most: int, progress: float = 1.0, whole: float = 1.0) -> tuple[int, int]:
+    """A long prefix and a random one, log-uniform in 1..K. Draws from torch's global generator.
 
     Args:
         most: K.
-        progress: of the training, in [0, 1].
+        progress: of the training, in [0, 1]: the random one's lower end falls from sqrt(K) to 1 over the first half.
+        whole: how often the long one is K; else it is a quarter of it, which costs a language model a quarter.
     """
-    least = most ** (1 - min(1.0, 2 * progress))
+    least = most ** (0.5 * (1 - min(1.0, 2 * progress)))
     drawn = math.exp(torch.rand(()).item() * math.log((most + 1) / least)) * least
-    return most, max(1, min(most, int(drawn)))
+    long = most if torch.rand(()).item() < whole else max(1, most // 4)
+    return long, max(1, min(most, int(drawn)))
 
 
 class Features(nn.Module):
@@ -50,13 +52,13 @@ class Features(nn.Module):
         """Mean over pictures and prefixes, and the share of the features that each prefix explains, for the log."""
         config, count = self.resampler.config, 0
         explained: dict[str, list[float]] = defaultdict(list)
-        most, some = prefixes(config.tokens, progress)
+        chosen = prefixes(config.tokens, progress)
         whole: Tensor = torch.zeros(())
         for grid, x in stacked(pictures):
-            z, registers = self.resampler.read(x, grid, most)
-            for k in (most, some):
+            z, registers = self.resampler.read(x, grid, max(chosen))
+            for name, k in zip(("long", "some"), chosen, strict=True):
                 loss, share = self.reader.loss(z[:, :k], x, grid)
-                explained["all" if k == most else "some"] += share.tolist()
+                explained[name] += share.tolist()
                 if config.halting:
                     error = (1 - share).clamp(1e-3, 4.0)
                     asked = ask(error).to(error.device).clamp(1e-3, 1.0)

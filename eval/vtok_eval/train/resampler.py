@@ -28,22 +28,24 @@ from vtok_eval.train.data import Batch, Scenes, moved
 from vtok_eval.train.language import Talk
 from vtok_eval.train.tower import matmul_patches
 
+#: how often the long prefix of the second stage is all tokens
+WHOLE = 0.25
+
 #: sizes, and steps of what is drawn and of both stages
 RECIPES: dict[str, dict[str, Any]] = {
     "nano-llava": {
         "config": {"width": 192, "blocks": 3, "tokens": 256, "halting": True},
-        "drawn": 200,
-        "scenes": {"size": 8, "questions": 16, "pairs": 0.1, "lists": 0.1, "crowds": 0.1},
-        "features": {"steps": 500, "rate": 1e-3},
-        "answers": {"steps": 350, "rate": 5e-4},
+        "drawn": 160,
+        "scenes": {"size": 8, "questions": 12, "pairs": 0.1, "lists": 0.1, "crowds": 0.1},
+        "features": {"steps": 400, "rate": 1e-3},
+        "answers": {"steps": 320, "rate": 5e-4},
         "halting": {"steps": 100, "rate": 1e-3},
     }
 }
 # fewer tokens of fewer channels: everything but the drawing costs half
 RECIPES["nano-qwen"] = RECIPES["nano-llava"] | {
     "config": RECIPES["nano-llava"]["config"] | {"width": 128},
-    "features": {"steps": 600, "rate": 1e-3},
-    "answers": {"steps": 500, "rate": 5e-4},
+    "answers": {"steps": 480, "rate": 5e-4},
 }
 
 
@@ -264,8 +266,9 @@ class Answering:
         total = torch.zeros((), device=device)
         numbers: dict[str, float] = {}
         pictures = _on(seen.pictures, device)
-        whole = [self.resampler(x[None], grid)[0] for x, grid in pictures]
-        for name, k in zip(("all", "some"), prefixes(config.tokens, seen.progress), strict=True):
+        chosen = prefixes(config.tokens, seen.progress, WHOLE)
+        whole = [self.resampler(x[None], grid, max(chosen))[0] for x, grid in pictures]
+        for name, k in zip(("long", "some"), chosen, strict=True):
             laid = [plan(min(k, len(x)), grid, config.scheme) for x, grid in pictures]
             order = [own.places.argsort() for own in laid]
             tokens = [z[own.to(device)] for z, own in zip(whole, order, strict=True)]
