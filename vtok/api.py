@@ -114,6 +114,12 @@ def compress(
                 f"{item.name or type(item).__name__} cannot serve {adapter.family}: {reason}; methods that can: "
                 f"{', '.join(methods(adapter.family))}"
             )
+    late = next((item for item in chain[1:] if item.whole), None)
+    if late is not None:
+        raise VtokError(
+            f"{late.name} reads whole pictures, and {chain[0].name} would thin them before it; put {late.name} first, "
+            "with methods behind it that act between tower and language model or in the decoder"
+        )
     keep, chain = automatic(keep, chain)
     budget_ = parse_keep(keep, chain)
     policy = _positions(positions, chain, adapter)

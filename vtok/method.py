@@ -29,6 +29,7 @@ class Method:
         layer: for encoder and decoder: before which layer.
         reads: what the engine must record for the views (see ``vtok.view.Stage``).
         positions: the authors' position policy on families that allow both.
+        whole: it reads whole pictures, so no method may thin them before it.
         newlines: the tower site's rule for newline tokens of tiled images: ``"drop"`` or ``"keep"``.
         presets: published budgets and settings by name.
         refusals: family -> reason, where the method cannot serve a family.
@@ -41,6 +42,7 @@ class Method:
     layer = None
     reads: ClassVar[frozenset[str]] = frozenset()
     positions: ClassVar[str] = "keep"
+    whole: ClassVar[bool] = False
     newlines: ClassVar[str] = "drop"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     refusals: ClassVar[Mapping[str, str]] = {}

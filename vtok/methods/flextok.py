@@ -48,6 +48,7 @@ class FlexTok(Method):
     paper = "arXiv 2502.13967"
     site = "input"
     positions = "keep"
+    whole = True
     presets: ClassVar[dict[str, Any]] = {"256": {"keep": 256}, "64": {"keep": 64}, "17": {"keep": 17}}
 
     weights: str | OrderedResampler | None = field(default=None, repr=False)
@@ -102,7 +103,7 @@ class FlexTok(Method):
     def select(self, view: View, count: int) -> Selection:
         """The first tokens of each picture (of each frame, by area), in raster order of where they stand."""
         found: dict[int, tuple[_Laid, Tensor]] = {}
-        for rows, grids in _layouts(view):
+        for rows, grids in layouts(view):
             shares = share_parts([Part(*grid) for _, grid in grids], count)
             pictures = [(where, grid, share) for (where, grid), share in zip(grids, shares, strict=True) if share]
             read = [self._tokens(view.features[rows][:, where], grid, share) for where, grid, share in pictures]
@@ -154,7 +155,7 @@ class _Laid:
     weights: Tensor
 
 
-def _layouts(view: View) -> list[tuple[list[int], list[tuple[Tensor, tuple[int, int]]]]]:
+def layouts(view: View) -> list[tuple[list[int], list[tuple[Tensor, tuple[int, int]]]]]:
     """Rows of a view that lie alike, with positions and grid of each of their pictures.
 
     Raises:

@@ -36,6 +36,7 @@ class FeatureReader(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.leave = nn.Linear(width, config.dim)
         initialise(self)
+        nn.init.normal_(self.leave.weight, std=0.02)  # starts near every channel's mean
 
     def forward(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, N, D) standardised tokens of a grid (rows, columns), from the first k tokens z (B, k, D)."""

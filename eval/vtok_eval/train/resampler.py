@@ -35,17 +35,17 @@ WHOLE = 0.25
 RECIPES: dict[str, dict[str, Any]] = {
     "nano-llava": {
         "config": {"width": 192, "blocks": 3, "tokens": 256, "halting": True},
-        "drawn": 160,
+        "drawn": 320,
         "scenes": {"size": 8, "questions": 12, "pairs": 0.1, "lists": 0.1, "crowds": 0.1},
-        "features": {"steps": 400, "rate": 1e-3},
-        "answers": {"steps": 320, "rate": 5e-4},
-        "halting": {"steps": 100, "rate": 1e-3},
+        "features": {"steps": 900, "rate": 1e-3},
+        "answers": {"steps": 800, "rate": 5e-4},
+        "halting": {"steps": 150, "rate": 1e-3},
     }
 }
 # fewer tokens of fewer channels: everything but the drawing costs half
 RECIPES["nano-qwen"] = RECIPES["nano-llava"] | {
     "config": RECIPES["nano-llava"]["config"] | {"width": 128},
-    "answers": {"steps": 480, "rate": 5e-4},
+    "answers": {"steps": 1000, "rate": 5e-4},
 }
 
 
