@@ -27,7 +27,7 @@ class TokenizerConfig:
         image_size: pixels a side; pictures are square.
         patch: side of a patch of the *signal*: pixels, or latents of a VAE.
         channels: of the signal; 3 for pixels.
-        vae: the signal is the latent of a VAE, which is handed to the tokenizer and not part of its weights.
+        latents: the signal is the latent of a VAE, which is handed to the tokenizer and not part of its weights.
         vae_factor: pixels a latent, a side.
         vae_scale: latents are multiplied by this.
         tokens: K, registers of a picture.
@@ -70,7 +70,7 @@ class TokenizerConfig:
     image_size: int = 64
     patch: int = 8
     channels: int = 3
-    vae: bool = False
+    latents: bool = False
     vae_factor: int = 8
     vae_scale: float = 1.0
     tokens: int = 32
@@ -122,7 +122,7 @@ class TokenizerConfig:
                 raise VtokError(
                     f"{name}={getattr(self, name)} must be a multiple of head_dim={self.head_dim} and of 4; change one"
                 )
-        if self.vae and self.image_size % self.vae_factor:
+        if self.latents and self.image_size % self.vae_factor:
             raise VtokError(
                 f"image_size={self.image_size} is no multiple of vae_factor={self.vae_factor}; change one of them"
             )
@@ -155,7 +155,7 @@ class TokenizerConfig:
     @property
     def signal_size(self) -> int:
         """Pixels, or latents, a side."""
-        return self.image_size // self.vae_factor if self.vae else self.image_size
+        return self.image_size // self.vae_factor if self.latents else self.image_size
 
     @property
     def grid(self) -> int:
@@ -192,7 +192,7 @@ _FLEXTOK: dict[str, Any] = {
     "image_size": 256,
     "patch": 2,
     "channels": 16,
-    "vae": True,
+    "latents": True,
     "tokens": 256,
     "anchors": False,
     "decoder": "flow",

@@ -230,7 +230,7 @@ class Alignment(nn.Module):
         grid = math.isqrt(patches.shape[1])
         x = patches.transpose(1, 2).unflatten(2, (grid, grid)).float()
         x = F.interpolate(x, features.shape[-2:], mode="bilinear", align_corners=False)
-        x = self.mlp(x.flatten(2).transpose(1, 2).to(self.mlp[1].weight.dtype)).float()
+        x = self.mlp(x.flatten(2).transpose(1, 2).to(next(self.mlp.parameters()).dtype)).float()
         return 1 - F.cosine_similarity(x, features.flatten(2).transpose(1, 2), dim=-1).mean(1)
 
 

@@ -24,17 +24,19 @@ class FlexTok(nn.Module):
 
     Args:
         config: shapes and options.
-        vae: for configs with ``vae``: a module with diffusers' ``encode(images)`` and ``decode(latents)``, kept out of
-            the weights. May be set later.
+        vae: for configs with ``latents``: a module with diffusers' ``encode(images)`` and ``decode(latents)``. It may be
+            set later, is no part of the weights, and stays on its device.
 
     Attributes:
         codes: codes a token, ``None`` where tokens are continuous.
     """
 
+    vae: Any
+
     def __init__(self, config: TokenizerConfig, *, vae: Any = None) -> None:
         super().__init__()
         self.config = config
-        self._vae = [vae]  # in a list: its weights are not the tokenizer's
+        self.vae = vae
         self.quantiser = quantisers.build(config)
         self.encoder = Encoder(config)
         self.to_tokens = nn.Linear(config.width, self.quantiser.inputs)
@@ -57,13 +59,11 @@ class FlexTok(nn.Module):
     def codes(self) -> int | None:
         return self.quantiser.codes
 
-    @property
-    def vae(self) -> Any:
-        return self._vae[0]
-
-    @vae.setter
-    def vae(self, vae: Any) -> None:
-        self._vae[0] = vae
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "vae":  # no submodule: its weights are not the tokenizer's
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +78,7 @@ class FlexTok(nn.Module):
             VtokError: another shape or dtype, or no VAE where one is needed.
         """
         size = self.config.image_size
-        channels = 3 if self.config.vae else self.config.channels
+        channels = 3 if self.config.latents else self.config.channels
         if images.ndim != 4 or images.shape[1] != channels or images.shape[2:] != (size, size):
             raise VtokError(
                 f"images of shape {tuple(images.shape)} do not fit this tokenizer, which takes "
@@ -87,14 +87,14 @@ class FlexTok(nn.Module):
         if not images.is_floating_point():
             raise VtokError(f"images of {images.dtype} must be floats in [0, 1]; divide 8-bit pixels by 255")
         pixels = images.to(self.device) * 2 - 1
-        if not self.config.vae:
+        if not self.config.latents:
             return pixels
         with torch.no_grad():
             return self._needed_vae().encode(pixels).latent_dist.mode() * self.config.vae_scale
 
     def to_images(self, signal: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], fp32, of a signal (B, C, S, S)."""
-        if self.config.vae:
+        if self.config.latents:
             with torch.no_grad():
                 signal = self._needed_vae().decode(signal / self.config.vae_scale).sample
         return ((signal.float() + 1) / 2).clamp(0, 1)

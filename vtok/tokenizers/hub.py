@@ -151,7 +151,7 @@ def _config(description: Mapping[str, Any], weights: Mapping[str, Tensor], vae: 
         image_size=int(grid * patch[0] * vae["factor"]),
         patch=int(patch[0]),
         channels=int(channels),
-        vae=True,
+        latents=True,
         vae_factor=vae["factor"],
         vae_scale=vae["scale"],
         tokens=tokens,
