@@ -18,7 +18,7 @@ from vtok.method import Method, register
 from vtok.methods._grid import positions, share_parts
 from vtok.protocol import Part
 from vtok.resampler import OrderedResampler, files
-from vtok.resampler.plan import plan
+from vtok.resampler.layout import plan
 from vtok.tokenizers.anchors import SCHEMES
 from vtok.view import Selection, Shape, Stage, TowerView, View
 

@@ -2,7 +2,7 @@
 
 from vtok.resampler.config import ResamplerConfig
 from vtok.resampler.files import find, load, save
-from vtok.resampler.plan import Plan, plan
+from vtok.resampler.layout import Plan, plan
 from vtok.resampler.reader import FeatureReader
 from vtok.resampler.resampler import OrderedResampler
 

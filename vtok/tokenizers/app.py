@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vtok.errors import VtokError
+from vtok.resampler.command import distill
 
 app = typer.Typer(
     add_completion=False,
@@ -233,7 +233,4 @@ def _counts(text: str | None) -> tuple[int, ...] | None:
         raise VtokError(f"{text!r} must be whole numbers with commas between, such as 1,4,16") from None
 
 
-if importlib.util.find_spec("vtok.resampler.distill_command"):
-    from vtok.resampler.distill_command import command as distill
-
-    app.command("distill")(distill)
+app.command("distill")(distill)

@@ -6,6 +6,7 @@ kept on disk, and both stages learn from that.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from vtok.io import plain
 from vtok.progress import progress
 from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig, files
 from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
-from vtok.resampler.plan import plan
+from vtok.resampler.layout import plan
 from vtok.training import Stage, train
 from vtok_eval.train.data import Batch, Scenes, moved
 from vtok_eval.train.language import Talk
@@ -278,3 +279,33 @@ class Answering:
             total = total + loss / 2
             numbers |= {f"{key} {name}": value for key, value in found.items()}
         return total, numbers
+
+
+def distill(model: str, out: Path, **options: Any) -> Path:
+    """``vtok tokenizer distill --data scenes``: an embedded model by name, or a folder of one that was trained anew.
+
+    Entry point of the group ``vtok.distill``.
+
+    Raises
+    ------
+    VtokError
+        A model that no scenes are drawn for.
+    """
+    if model in RECIPES:
+        return run(model, out, **options)
+    folder = Path(model)
+    name = _kind(folder) if (folder / "config.json").is_file() else None
+    if name is None:
+        raise VtokError(
+            f"scenes are drawn for {', '.join(RECIPES)} and folders of such models, and {model} is none; pass a folder "
+            "of questions and pictures as --data"
+        )
+    return run(name, out, source=folder, **options)
+
+
+def _kind(folder: Path) -> str | None:
+    """Which nano model a folder holds."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("text_config", {}).get("hidden_size") != 160:
+        return None
+    return {"llava": "nano-llava", "qwen2_5_vl": "nano-qwen"}.get(config.get("model_type", ""))

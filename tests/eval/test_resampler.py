@@ -1,0 +1,192 @@
+"""Distilling resamplers: the recipes of the nano models, and ``vtok tokenizer distill`` on a folder of questions."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from importlib import import_module
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import vtok
+from vtok.resampler import command, files
+from vtok.resampler.distill import Distillation, Recipe
+from vtok_eval import scenes
+from vtok_eval.models import nano, resamplers
+from vtok_eval.train import resampler as recipes
+
+ROOT = Path(__file__).parents[2]
+NANO = ("nano-llava", "nano-qwen")
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes of a few steps, and entry points as an installed copy has them."""
+    tiny = {
+        "config": {"width": 32, "head_dim": 16, "blocks": 1, "tokens": 16, "halting": True},
+        "drawn": 2,
+        "scenes": {"size": 2, "questions": 3, "pairs": 0.5, "lists": 0.5},
+        "features": {"steps": 3, "rate": 1e-3},
+        "answers": {"steps": 3, "rate": 1e-3},
+        "halting": {"steps": 2, "rate": 1e-3},
+    }
+    for name in NANO:
+        monkeypatch.setitem(recipes.RECIPES, name, tiny)
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+
+    def entry_points(group: str) -> list[EntryPoint]:
+        return [EntryPoint(name, value, group) for name, value in points[group].items()]
+
+    monkeypatch.setattr(command, "entry_points", entry_points)
+    monkeypatch.setattr(files, "entry_points", entry_points)
+
+
+def test_entry_points_name_what_is_there() -> None:
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    for group in ("vtok.models", "vtok.resamplers", "vtok.distill"):
+        for value in points[group].values():
+            module, name = value.split(":")
+            assert callable(getattr(import_module(module), name))
+
+
+@pytest.mark.grad
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", NANO)
+def test_a_nano_resampler_from_drawing_to_use(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = nano.blank(name, scenes.words())
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(resamplers, "DATA", tmp_path / "shipped")
+    with pytest.raises(vtok.VtokError, match=f"came without the resampler {name}; train it: python -m vtok_eval.train"):
+        vtok.compress(model, "flextok", keep=9, weights=name)
+    folder = recipes.run(name, tmp_path / "run", loaded=(model, processor))
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert stages == ["features", "answers", "halting"]
+    folder.rename(tmp_path / name)
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / name).rename(tmp_path / "shipped" / name)
+    assert files.load(name).leave.weight.abs().max() > 0
+    # as the harness uses it
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(text=[text], images=[Image.new("RGB", (448, 448), "red")], return_tensors="pt")
+    with torch.no_grad():
+        for keep in (9, "auto"):
+            vtok.compress(model, "flextok", keep=keep, weights=name)
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+            assert vtok.report(model).tokens_kept == 9 if keep == 9 else vtok.report(model).tokens_kept <= 16
+    # a second run finds what was drawn and every stage done
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "drawn").iterdir()}
+    recipes.run(name, tmp_path / "run", loaded=(vtok.restore(model), processor))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "drawn").iterdir()} == before
+    again = files.load(tmp_path / "run" / "resampler")
+    assert torch.equal(again.leave.weight, files.load(name).leave.weight)
+
+
+@pytest.mark.usefixtures("short")
+def test_what_scenes_are_not_drawn_for(tmp_path: Path) -> None:
+    for model in ("small-llava", str(tmp_path)):
+        with pytest.raises(vtok.VtokError, match=r"scenes are drawn for nano-llava, nano-qwen.*as --data"):
+            recipes.distill(model, tmp_path / "out")
+    with pytest.raises(vtok.VtokError, match="no recipe for a resampler of 'small-llava'"):
+        recipes.run("small-llava", tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Questions and pictures."""
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    lines = []
+    for number, colour in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (90, 60), colour).save(data / "images" / f"{colour}.png")
+        lines.append({"image": f"{colour}.png", "question": "what colour?", "answer": colour, "id": str(number)})
+    lines.append({"images": ["red.png", "blue.png"], "question": "the same colour?", "answer": "no"})
+    (data / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return data
+
+
+def invoke(*arguments: object) -> Any:
+    from vtok.tokenizers.app import app
+
+    return CliRunner().invoke(app, ["distill", *map(str, arguments)])
+
+
+@pytest.mark.grad
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", NANO)
+def test_distil_a_folder_from_the_command_line(name: str, folder: Path, tmp_path: Path) -> None:
+    model, processor = nano.blank(name, scenes.words())
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    sizes = ("--tokens", 8, "--width", 64, "--blocks", 1)
+    steps = ("--features", 2, "--answers", 2, "--halting", 1, "--batch", 2, "--device", "cpu")
+    out = tmp_path / "out"
+    result = invoke("--model", tmp_path / "model", "--data", folder, "--out", out, *sizes, *steps, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout.strip().splitlines()[-1])
+    assert said["folder"] == str(out / "resampler") and said["tokens"] == 8
+    vtok.compress(model, "flextok", keep=4, weights=said["folder"])
+    assert files.load(said["folder"]).leave.weight.abs().max() > 0
+
+
+@pytest.mark.grad
+def test_what_is_captured_is_what_the_resampler_gets(folder: Path) -> None:
+    from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig
+    from vtok.resampler.data import Batches, read
+    from vtok.resampler.learn import Features
+
+    model, processor = nano.blank("nano-qwen", scenes.words())
+    config = ResamplerConfig(dim=160, width=32, head_dim=16, blocks=1, tokens=8)
+    learned = Features(OrderedResampler(config), FeatureReader(config, 1))
+    distillation = Distillation(model, learned, Recipe(batch=2))
+    batch = Batches(read(folder), processor, 4, 1, "0")[0]
+    pictures = distillation.pictures(batch)
+    assert len(pictures) == 5
+    assert all(len(x) == rows * columns for x, (rows, columns) in pictures)
+    assert [processor.tokenizer.decode(batch.target[: batch.lengths[0]], skip_special_tokens=True)] != [""]
+    loss, numbers = distillation.answers(batch)
+    loss.backward()
+    assert learned.resampler.leave.weight.grad.abs().sum() > 0
+    assert numbers["kl long"] >= 0
+    assert "_vtok" not in model.__dict__
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("{", r"asked.jsonl, line 5: not a JSON object"),
+        ('{"image": "red.png", "question": "what?"}', r"line 5: not a JSON object with image.*'answer'"),
+        ('{"image": "no.png", "question": "what?", "answer": "it"}', r"line 5: there is no picture no.png"),
+    ],
+)
+def test_wrong_questions(folder: Path, line: str, match: str) -> None:
+    from vtok.resampler.data import read
+
+    with (folder / "asked.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(vtok.VtokError, match=match):
+        read(folder)
+
+
+@pytest.mark.usefixtures("short")
+def test_wrong_calls(tmp_path: Path) -> None:
+    from vtok.resampler.data import read
+
+    with pytest.raises(vtok.VtokError, match=r"no folder nowhere, and no data of that name; named data here: scenes"):
+        command.distill("nano-llava", tmp_path, "nowhere")
+    with pytest.raises(vtok.VtokError, match="holds no .jsonl file"):
+        read(tmp_path)
+    with pytest.raises(vtok.VtokError, match="a rate above 0"):
+        Recipe(rate=0)
+    with pytest.raises(vtok.VtokError, match="dtype 'float8' is unknown"):
+        command._loaded("nano-llava", "cpu", "float8")

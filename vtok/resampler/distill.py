@@ -1,0 +1,194 @@
+"""Distilling a resampler from any model that vtok knows: three stages behind the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import vtok
+from vtok.api import adapter_of
+from vtok.errors import VtokError
+from vtok.methods.flextok import FlexTok, layouts
+from vtok.resampler import files
+from vtok.resampler.config import ResamplerConfig
+from vtok.resampler.data import Batches, Prompts, Question
+from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
+from vtok.resampler.reader import FeatureReader
+from vtok.resampler.resampler import OrderedResampler
+from vtok.training import Stage, train
+from vtok.view import Selection, View
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a resampler is distilled.
+
+    Attributes
+    ----------
+    features, answers, halting : int
+        Steps of each stage; 0 leaves it out.
+    batch : int
+        Questions in a step.
+    rate : float
+        Peak learning rate of the first and last stage; the second has half of it.
+    temperature : float
+        Of the divergence.
+    best : int
+        So many of the model's logits are compared, its largest.
+    seed : int
+        Of weights and order.
+    """
+
+    features: int = 2000
+    answers: int = 5000
+    halting: int = 300
+    batch: int = 8
+    rate: float = 2e-4
+    temperature: float = 1.0
+    best: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or min(self.features, self.answers, self.halting) < 0 or not self.rate > 0:
+            raise VtokError("a recipe needs a batch of 1 or more, steps of 0 or more and a rate above 0")
+
+
+@dataclass(frozen=True)
+class Capture(FlexTok):
+    """Writes down what a resampler would be given, and leaves next to nothing of it for the language model."""
+
+    seen: list[Picture] = field(default_factory=list, compare=False)
+
+    def select(self, view: View, count: int) -> Selection:
+        for rows, grids in layouts(view):
+            for where, grid in grids:
+                self.seen.extend((x.detach().float(), grid) for x in view.features[rows][:, where])
+        return super().select(view, count)
+
+
+class Distillation:
+    """A frozen model, and what is learnt from it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any that has an adapter; frozen from here on, and compressed only inside a step.
+    learned : Features
+        The resampler with its reader.
+    recipe : Recipe
+        How.
+    """
+
+    def __init__(self, model: Any, learned: Features, recipe: Recipe) -> None:
+        self.model, self.learned, self.recipe = model.eval().requires_grad_(False), learned, recipe
+
+    def pictures(self, batch: Prompts) -> list[Picture]:
+        """Visual tokens of a batch's pictures (tiles, frames) where the resampler stands."""
+        capture = Capture()
+        with torch.no_grad(), vtok.compressed(self.model, capture, keep=1):
+            self.model(**self._inputs(batch), use_cache=False, logits_to_keep=1)
+        return capture.seen
+
+    def features(self, batch: Prompts) -> tuple[Tensor, dict[str, float]]:
+        """A step of the first and of the last stage."""
+        return self.learned.loss(self.pictures(batch), batch.progress)
+
+    def answers(self, batch: Prompts) -> tuple[Tensor, dict[str, float]]:
+        """A step of the second stage: what the model says with prefixes, against what it says with all tokens."""
+        inputs = self._inputs(batch)
+        target = batch.target.to(inputs["input_ids"].device)
+        with torch.no_grad():
+            best = self._said(inputs, batch).topk(min(self.recipe.best, self.model.config.get_text_config().vocab_size))
+        resampler = self.learned.resampler
+        # pictures of no more tokens than a prefix stay whole, and teach nothing
+        total, numbers = 0.0 * resampler.registers.sum(), {}
+        for name, k in zip(("long", "some"), prefixes(resampler.config.tokens, batch.progress), strict=True):
+            with vtok.compressed(self.model, "flextok", keep=k, weights=resampler):
+                said = self._said(inputs, batch)
+            loss, found = answer_loss(said, (best.values, best.indices), target, self.recipe.temperature)
+            total = total + loss / 2
+            numbers |= {f"{key} {name}": value for key, value in found.items()}
+        return total, numbers
+
+    def _said(self, inputs: dict[str, Tensor], batch: Prompts) -> Tensor:
+        """(A, V) logits of the answers' tokens, row after row."""
+        longest = max(batch.lengths) + 1
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=longest).logits
+        return torch.cat([row[-length - 1 : -1] for row, length in zip(logits, batch.lengths, strict=True)])
+
+    def _inputs(self, batch: Prompts) -> dict[str, Tensor]:
+        weight = next(self.model.parameters())
+        return {
+            key: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+            for key, value in batch.inputs.items()
+        }
+
+
+def distill(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    workers: int = 0,
+    resume: bool = True,
+    console: Console | None = None,
+    **sizes: Any,
+) -> OrderedResampler:
+    """Distil a resampler and save it in ``out/resampler``.
+
+    Parameters
+    ----------
+    model, processor
+        A vision-language model of a family that vtok knows, where it shall run, and its processor.
+    questions : sequence of Question
+        About its pictures.
+    out : str or Path
+        For checkpoints, log and the finished resampler.
+    recipe : Recipe, optional
+        The defaults are for a GPU.
+    workers : int
+        Processes that prepare batches.
+    resume : bool
+        Go on from checkpoints in ``out``.
+    console : rich.Console, optional
+        For the progress bar.
+    **sizes
+        Fields of ``ResamplerConfig``: ``tokens``, ``width``, ``blocks``, ``scheme``, ``halting``.
+
+    Raises
+    ------
+    VtokError
+        A model of no known family, or sizes that cannot be.
+    """
+    recipe, out = recipe or Recipe(), Path(out)
+    door = files.door(adapter_of(model))
+    torch.manual_seed(recipe.seed)
+    config = files.made_for(ResamplerConfig(**{"dim": door.dim, "halting": recipe.halting > 0, **sizes}), door)
+    learned = Features(OrderedResampler(config), FeatureReader(config)).to(door.device)
+    distillation = Distillation(model, learned, recipe)
+    first = Batches(questions, processor, recipe.batch, 1, f"{recipe.seed}/measure")[0]
+    learned.resampler.measure(torch.cat([x for x, _ in distillation.pictures(first)]))
+    learned.reader.measure(learned.resampler)
+    stages: list[tuple[str, int, Any, list[nn.Module], float]] = [
+        ("features", recipe.features, distillation.features, [learned], recipe.rate),
+        ("answers", recipe.answers, distillation.answers, [learned.resampler], recipe.rate / 2),
+    ]
+    if config.halting:
+        heads = [learned.resampler.halting, learned.reader]
+        stages.append(("halting", recipe.halting, distillation.features, heads, recipe.rate))
+    for name, steps, step, modules, rate in stages:
+        if steps:
+            what = Stage(name, steps, [(modules, rate)], step, warmup=max(1, min(200, steps // 10)))
+            batches = Batches(questions, processor, recipe.batch, steps, f"{recipe.seed}/{name}")
+            train(learned, what, batches, out, workers=workers, resume=resume, console=console)
+    resampler = learned.resampler.eval().requires_grad_(False)
+    files.save(resampler, out / "resampler")
+    return resampler
