@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import VtokError
-from vtok.tokenizers import PRESETS, FlexTok, TokenizerConfig, anchors, preset
+from vtok.tokenizers import PRESETS, FlexTok, TokenizerConfig, anchors, objective, preset
 
 UNORDERED: dict[str, Any] = {"ordered": False, "anchors": False, "sampler": "none"}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -144,7 +144,9 @@ def test_padding_serves_training_only() -> None:
     assert tokenizer.encode(images()).shape == (3, 8)
     with pytest.raises(VtokError, match="from 1 to 8"):
         tokenizer.encode(images(), 9)
-    drawn = torch.stack([tokenizer._keep(64, torch.Generator().manual_seed(seed)) for seed in range(40)])
+    drawn = torch.stack(
+        [objective.draw_keep(tokenizer.config, 64, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    )
     assert set(drawn.unique().tolist()) == {1, 2, 4, 8, 9, 10, 11}
     assert (drawn >= 8).float().mean() == pytest.approx(0.5, abs=0.05)
 
@@ -152,7 +154,7 @@ def test_padding_serves_training_only() -> None:
 def test_hierarchy_aligns_short_prefixes_more() -> None:
     tokenizer, extra = make(repa=24, hierarchy=1.0), torch.randn(1, 24, 4, 4)
     patches = torch.randn(1, 16, 64)
-    full, half, none = (tokenizer._repa(patches, extra, torch.tensor([k])) for k in (1, 5, 8))
+    full, half, none = (objective.aligned(tokenizer, patches, extra, torch.tensor([k])) for k in (1, 5, 8))
     torch.testing.assert_close(half, full * (1 - 4 / 7))
     assert none == 0
 
