@@ -28,7 +28,7 @@ class Prompt:
     Attributes:
         embeds: (B, L, D) as the model made them: features of the (compressed) tower at their placeholders.
         merged: the same, with what the input site put at the columns that stand.
-        planes: Qwen3-VL's DeepStack planes, as the (compressed) tower made them, averaged where the input site averages.
+        planes: Qwen3-VL's DeepStack planes, as the (compressed) tower made them, averaged where the input site does so.
         visual: (B, L) bool, the columns whose rows the planes hold.
     """
 

@@ -1,4 +1,4 @@
-"""Method flextok: what an ordered resampler's tokens are, where they stand, and what it says when something is wrong."""
+"""Method flextok: what an ordered resampler's tokens are, where they stand, and what is said when all is not well."""
 
 from __future__ import annotations
 

@@ -120,8 +120,8 @@ def compress(
             f"{late.name} reads whole pictures, and {chain[0].name} would thin them before it; put {late.name} first, "
             "with methods behind it that act between tower and language model or in the decoder"
         )
-    keep, chain = automatic(keep, chain)
-    budget_ = parse_keep(keep, chain)
+    wanted, chain = automatic(keep, chain)
+    budget_ = parse_keep(wanted, chain)
     policy = _positions(positions, chain, adapter)
     _check_text(adapter)
     chain = tuple(item.prepare(model) for item in chain)

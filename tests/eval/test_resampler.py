@@ -184,7 +184,7 @@ def test_wrong_calls(tmp_path: Path) -> None:
 
     with pytest.raises(vtok.VtokError, match=r"no folder nowhere, and no data of that name; named data here: scenes"):
         command.distill("nano-llava", tmp_path, "nowhere")
-    with pytest.raises(vtok.VtokError, match="holds no .jsonl file"):
+    with pytest.raises(vtok.VtokError, match=r"holds no \.jsonl file"):
         read(tmp_path)
     with pytest.raises(vtok.VtokError, match="a rate above 0"):
         Recipe(rate=0)

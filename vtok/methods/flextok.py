@@ -1,4 +1,4 @@
-"""FlexTok (arXiv 2502.13967, ICML 2025) as visual input: an ordered sequence whose every prefix is a coarser picture."""
+"""FlexTok (arXiv 2502.13967, ICML 2025) as visual input: an ordered sequence; each prefix is a coarser picture."""
 
 from __future__ import annotations
 
@@ -165,8 +165,7 @@ def layouts(view: View) -> list[tuple[list[int], list[tuple[Tensor, tuple[int, i
     if view.size == sum(part.length for part in view.parts):
         starts = accumulate((part.length for part in view.parts[:-1]), initial=0)
         grids = [
-            (positions(part) + start, (part.height, part.width))
-            for part, start in zip(view.parts, starts, strict=True)
+            (positions(part) + start, (part.height, part.width)) for part, start in zip(view.parts, starts, strict=True)
         ]
         return [(list(range(groups)), grids)]
     found: dict[tuple[int, int], list[int]] = {}

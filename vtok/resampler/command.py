@@ -49,9 +49,7 @@ def distill(
     named = {entry.name: entry for entry in entry_points(group=DATA)}
     if data in named and not Path(data).is_dir():
         # a recipe of its own: sizes and steps are its, times --scale
-        folder = named[data].load()(
-            model, out, seed=seed, scale=scale, device=place, workers=workers, resume=resume
-        )
+        folder = named[data].load()(model, out, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
     else:
         from vtok.resampler.data import read
         from vtok.resampler.distill import Recipe

@@ -107,7 +107,8 @@ class Distillation:
             best = self._said(inputs, batch).topk(min(self.recipe.best, self.model.config.get_text_config().vocab_size))
         resampler = self.learned.resampler
         # pictures of no more tokens than a prefix stay whole, and teach nothing
-        total, numbers = 0.0 * resampler.registers.sum(), {}
+        total = 0.0 * resampler.registers.sum()
+        numbers: dict[str, float] = {}
         for name, k in zip(("long", "some"), prefixes(resampler.config.tokens, batch.progress), strict=True):
             with vtok.compressed(self.model, "flextok", keep=k, weights=resampler):
                 said = self._said(inputs, batch)

@@ -80,7 +80,11 @@ def stacked(pictures: Sequence[Picture]) -> list[tuple[tuple[int, int], Tensor]]
 
 
 def answer_loss(
-    student: Tensor, teacher: Tensor | tuple[Tensor, Tensor], target: Tensor, temperature: float = 1.0, weight: float = 0.7
+    student: Tensor,
+    teacher: Tensor | tuple[Tensor, Tensor],
+    target: Tensor,
+    temperature: float = 1.0,
+    weight: float = 0.7,
 ) -> tuple[Tensor, dict[str, float]]:
     """Second stage: ``weight`` T^2 KL(teacher || student) + (1 - weight) cross-entropy, over answer tokens.
 

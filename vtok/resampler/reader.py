@@ -46,6 +46,7 @@ class FeatureReader(nn.Module):
         places = sincos2d(cells(*grid, z.device), width).to(z.dtype)
         h = (places + self.query).expand(z.shape[0], -1, -1)
         for block in self.blocks:
+            assert isinstance(block, Block)
             h = h + block.cross(block.norm_cross(h), block.norm_context(context))
             h = h + block.mlp(block.norm_mlp(h))
         return self.leave(self.norm(h))

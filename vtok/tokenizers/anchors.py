@@ -29,7 +29,7 @@ def boxes(count: int, scheme: str = "quadtree") -> Tensor:
         VtokError: unknown scheme, or fewer than one box.
     """
     _check(count, scheme)
-    rows = []
+    rows: list[tuple[float, ...]] = []
     level = 0
     while len(rows) < count:
         side = 2**level

@@ -104,7 +104,9 @@ def encode(
 
     tok = files.tokenizer(tokenizer, device, vae)
     wanted = _count(k)
-    found = files.encode(tok, find(data, seed=seed), out, k=wanted, quality=quality, bits=bits, limit=limit, batch=batch)
+    found = files.encode(
+        tok, find(data, seed=seed), out, k=wanted, quality=quality, bits=bits, limit=limit, batch=batch
+    )
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
@@ -175,7 +177,8 @@ def show(
 @app.command("stats")
 def stats_command(
     source: Annotated[
-        str, typer.Argument(help="A file of tokens of any discrete tokenizer (.safetensors, .npy, .jsonl), or a tokenizer.")
+        str,
+        typer.Argument(help="A file of tokens of any discrete tokenizer (.safetensors, .npy, .jsonl), or a tokenizer."),
     ],
     data: Annotated[str | None, typer.Option(help="With a tokenizer: pictures to encode.")] = None,
     codes: Annotated[int | None, typer.Option(help="Size of the codebook, where the file does not say.", min=1)] = None,

@@ -44,9 +44,7 @@ def command(
         from vtok_eval.train import resampler
 
         name = model.removesuffix("-resampler")
-        resampler.run(
-            name, folder, source=source, seed=seed, scale=scale, device=place, workers=workers, resume=resume
-        )
+        resampler.run(name, folder, source=source, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
     else:
         raise VtokError(f"there is no recipe for {model!r}; known are {', '.join((*MODELS, *RESAMPLERS))}")
     typer.echo(f"wrote {folder}")

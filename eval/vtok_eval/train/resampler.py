@@ -22,8 +22,8 @@ from vtok.errors import VtokError
 from vtok.io import plain
 from vtok.progress import progress
 from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig, files
-from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
 from vtok.resampler.layout import plan
+from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
 from vtok.training import Stage, train
 from vtok_eval.train.data import Batch, Scenes, moved
 from vtok_eval.train.language import Talk
@@ -205,7 +205,7 @@ class Drawn:
                 part = self.path(number).with_suffix(".part")
                 save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part)
                 part.replace(self.path(number))
-                advance()
+                advance(1)
 
     def pictures(self, number: int) -> list[Picture]:
         """Features of a batch's pictures, fp32."""

@@ -93,7 +93,7 @@ def test_places_are_distinct_and_stay(scheme: str, height: int, width: int, data
     count = data.draw(st.integers(1, min(200, height * width)))
     places = anchors.places(count, height, width, scheme)
     assert len(set(places.tolist())) == count
-    assert 0 <= int(places.min()) and int(places.max()) < height * width
+    assert int(places.min()) >= 0 and int(places.max()) < height * width
     fewer = data.draw(st.integers(1, count))
     assert torch.equal(anchors.places(fewer, height, width, scheme), places[:fewer])
 
