@@ -19,7 +19,7 @@ from vtok.tokenizers.flextok import CONFIG, FlexTok
 from vtok.tokenizers.pictures import reconstructions
 from vtok.tokenizers.train import FINISHED, levels, stream, views
 
-#: name -> function without arguments that returns a tokenizer's folder
+#: name -> function of the name that returns a tokenizer's folder
 GROUP = "vtok.tokenizers"
 
 
@@ -71,8 +71,10 @@ def tokenizer(name: str, device: str | None = None, vae: Path | None = None) -> 
         shipped = {entry.name: entry for entry in entry_points(group=GROUP)}
         if name not in shipped:
             known = f" ({', '.join(shipped)})" if shipped else ""
-            raise VtokError(f"{name} is neither a folder nor a shipped tokenizer{known}; train one: vtok tokenizer train")
-        folder = shipped[name].load()()
+            raise VtokError(
+                f"{name} is neither a folder nor a shipped tokenizer{known}; train one: vtok tokenizer train"
+            )
+        folder = shipped[name].load()(name)
     elif not (folder / CONFIG).is_file() and (folder / FINISHED / CONFIG).is_file():
         folder = folder / FINISHED
     return FlexTok.from_pretrained(folder, vae=vae_of(vae, place)).to(place)
@@ -135,7 +137,9 @@ def decode(
     tokens = store.read(path)
     own = store.fingerprint(tok)
     if tokens.tokenizer and tokens.tokenizer != own:
-        raise VtokError(f"{path} was written by another tokenizer ({tokens.tokenizer}, this is {own}); decode with that")
+        raise VtokError(
+            f"{path} was written by another tokenizer ({tokens.tokenizer}, this is {own}); decode with that"
+        )
     rows = store.of_length(tokens.rows[:limit], k)
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -196,6 +200,8 @@ def count_with(tok: FlexTok, pictures: Pictures, limit: int, seed: int) -> stats
         Its tokens are continuous.
     """
     if tok.codes is None:
-        raise VtokError("this tokenizer's tokens are continuous and have no codes to count; take one with fsq, vq or binary")
+        raise VtokError(
+            "this tokenizer's tokens are continuous and have no codes to count; take one with fsq, vq or binary"
+        )
     found = [tok.encode(images).cpu() for images, _ in stream(pictures, tok.config.image_size, limit, {})]
     return stats.statistics(torch.cat(found), tok.codes, levels=levels(tok), seed=seed)

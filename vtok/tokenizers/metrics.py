@@ -42,8 +42,8 @@ def ssim(found: Tensor, wanted: Tensor) -> Tensor:
     """Structural similarity of each picture (Wang et al. 2004), averaged over its channels.
 
     Gaussian window, population covariance, windows inside the picture only: what scikit-image computes with
-    ``gaussian_weights=True, sigma=1.5, use_sample_covariance=False``. It is written here because scikit-image comes with
-    an extra alone, takes one picture at a time and runs on the CPU.
+    ``gaussian_weights=True, sigma=1.5, use_sample_covariance=False``. It is written here because scikit-image comes
+    with an extra alone, takes one picture at a time and runs on the CPU.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Statistics of discrete visual tokens, those of "Analyzing the Language of Visual Tokens" (arXiv 2411.05001).
 
 How often codes occur (Zipf's law), how soon a sample has shown all of them (innovation), how much each position says
-(entropy), and how far the sequence can be compressed. They need tokens alone, of any tokenizer. Of that paper, Benford's
-law, parts of objects and grammars are left out.
+(entropy), and how far the sequence can be compressed. They need tokens alone, of any tokenizer. Of that paper,
+Benford's law, parts of objects and grammars are left out.
 """
 
 from __future__ import annotations
@@ -211,10 +211,12 @@ def statistics(
 def padded(tokens: Tensor | Sequence[Tensor]) -> Tensor:
     """(N, K) long, ``ABSENT`` where a shorter sequence has ended."""
     rows = list(tokens)
+    if any(row.is_floating_point() for row in rows):
+        raise VtokError(
+            "these are continuous tokens, which have no codes to count; take a tokenizer with fsq, vq or binary"
+        )
     if not rows or any(row.ndim != 1 for row in rows):
         raise VtokError("tokens must be a table (images, positions) or a list of sequences, with one image at least")
-    if any(row.is_floating_point() for row in rows):
-        raise VtokError("these are continuous tokens, which have no codes to count; quantise them first (--bits)")
     return torch.nn.utils.rnn.pad_sequence([row.long().cpu() for row in rows], True, ABSENT)
 
 

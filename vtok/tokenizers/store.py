@@ -143,7 +143,9 @@ def _safetensors(path: Path) -> Tokens:
         flat = bridge.decode(bridge.unpack(flat, tuple(about["shape"])))
     else:
         flat = flat.float()
-    return Tokens(list(flat.split(lengths)), about["labels"], about["codes"], tuple(about["levels"]), about["tokenizer"])
+    return Tokens(
+        list(flat.split(lengths)), about["labels"], about["codes"], tuple(about["levels"]), about["tokenizer"]
+    )
 
 
 def _table(table: Tensor, path: Path) -> Tokens:

@@ -45,9 +45,7 @@ def statistics(found: Mapping[str, Any]) -> None:
             style="yellow",
             highlight=False,
         )
-    rows = [
-        [f"{fit['n']}", f"{fit['distinct']}", f"{fit['entropy']:.2f}", *_fit(fit)] for fit in found["zipf"]
-    ]
+    rows = [[f"{fit['n']}", f"{fit['distinct']}", f"{fit['entropy']:.2f}", *_fit(fit)] for fit in found["zipf"]]
     _print("Zipf's law of n-grams", ["n", "distinct", "entropy, bits", "exponent", "KS distance"], rows)
     rows = [[f"{images}", f"{100 * share:.1f} %"] for images, share in found["innovation"]]
     _print("codes shown by the first images", ["images", "of all that are used"], rows)
@@ -64,7 +62,13 @@ def positions(found: Mapping[str, Any]) -> None:
     rows = []
     for own in (every[place] for place in chosen):
         channels = "" if own["channels"] is None else f"{own['channels']:.2f}"
-        row = [f"{own['position'] + 1}", f"{own['distinct']}", f"{own['entropy']:.2f}", f"{own['ceiling']:.2f}", channels]
+        row = [
+            f"{own['position'] + 1}",
+            f"{own['distinct']}",
+            f"{own['entropy']:.2f}",
+            f"{own['ceiling']:.2f}",
+            channels,
+        ]
         rows.append([*row, f"{100 * own['top']:.1f} %", "dead" if own["dead"] else ""])
     heads = ["position", "codes", "entropy, bits", "at most", "of its digits", "commonest", ""]
     dead = sum(own["dead"] for own in every)

@@ -194,7 +194,13 @@ def views(pictures: Pictures, side: int, limit: int) -> tuple[list[Tensor], dict
 
 
 def assess(
-    tokenizer: FlexTok, held_out: Sequence[Pictures], out: str | Path, *, limit: int = 256, shown: int = 8, **decoding: Any
+    tokenizer: FlexTok,
+    held_out: Sequence[Pictures],
+    out: str | Path,
+    *,
+    limit: int = 256,
+    shown: int = 8,
+    **decoding: Any,
 ) -> dict[str, Any]:
     """PSNR and SSIM over k, what each position says, and a picture of reconstructions, for each set of pictures.
 

@@ -13,10 +13,12 @@ from vtok.errors import VtokError
 
 MODELS = ("nano-llava", "nano-qwen", "small-llava")
 RESAMPLERS = ("nano-llava-resampler", "nano-qwen-resampler")
+TOKENIZER = "nano-tokenizer"
+KNOWN = ", ".join((*MODELS, *RESAMPLERS, TOKENIZER))
 
 
 def command(
-    model: Annotated[str, typer.Argument(help=f"One of {', '.join((*MODELS, *RESAMPLERS))}.")],
+    model: Annotated[str, typer.Argument(help=f"One of {KNOWN}.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints, log and model; runs/MODEL by default.")
     ] = None,
@@ -45,8 +47,12 @@ def command(
 
         name = model.removesuffix("-resampler")
         resampler.run(name, folder, source=source, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
+    elif model == TOKENIZER:
+        from vtok_eval.train import tokenizer
+
+        tokenizer.run(folder, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
     else:
-        raise VtokError(f"there is no recipe for {model!r}; known are {', '.join((*MODELS, *RESAMPLERS))}")
+        raise VtokError(f"there is no recipe for {model!r}; known are {KNOWN}")
     typer.echo(f"wrote {folder}")
 
 

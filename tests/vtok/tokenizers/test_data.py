@@ -19,7 +19,9 @@ from vtok.tokenizers.data import Pictures, Views, find, sources, view
 def folder(tmp_path: Path) -> Path:
     """Twenty pictures of one grey each, in two folders and three formats, and some that are none."""
     for place in range(20):
-        target = tmp_path / "pictures" / ("deep/er" if place % 2 else ".") / f"{place}.{('png', 'jpg', 'webp')[place % 3]}"
+        target = (
+            tmp_path / "pictures" / ("deep/er" if place % 2 else ".") / f"{place}.{('png', 'jpg', 'webp')[place % 3]}"
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20 + place, 30), (10 * place,) * 3).save(target)
     (tmp_path / "pictures" / "notes.txt").write_text("nothing")
@@ -41,9 +43,9 @@ def test_what_is_held_out_is_never_trained_on(folder: Path) -> None:
     names = {part: {found.label(i) for i in range(len(found))} for part, found in parts.items()}
     assert len(names["held-out"]) == 4
     assert not names["train"] & names["held-out"] and names["train"] | names["held-out"] == names["all"]
-    assert names["held-out"] == {
-        label for label, _ in find(folder, "held-out", share=0.2).readable()
-    }, "the same in every run"
+    assert names["held-out"] == {label for label, _ in find(folder, "held-out", share=0.2).readable()}, (
+        "the same in every run"
+    )
 
 
 def test_one_file_will_do(folder: Path) -> None:
@@ -89,7 +91,7 @@ def test_batches_depend_on_their_number_and_the_seed_alone(folder: Path) -> None
 def test_views_are_squares_inside_the_picture() -> None:
     picture = Image.linear_gradient("L").resize((64, 32))
     middle = view(picture, 16)
-    assert middle.shape == (3, 16, 16) and 0 <= float(middle.min()) and float(middle.max()) <= 1
+    assert middle.shape == (3, 16, 16) and float(middle.min()) >= 0 and float(middle.max()) <= 1
     rng = random.Random(0)
     drawn = [view(picture, 16, rng) for _ in range(8)]
     assert len({float(each.mean()) for each in drawn}) == 8
@@ -103,7 +105,20 @@ def draw(number: int) -> Image.Image:
 def test_pictures_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     endless = Pictures("greys", draw)
     found = Views(endless, 16, 4, 3, views=2)
-    assert [round(float(image.mean()) * 255) for i in range(3) for image in found[i]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert [round(float(image.mean()) * 255) for i in range(3) for image in found[i]] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        4,
+        5,
+        5,
+    ]
     assert len(list(endless.readable(5))) == 5
     with pytest.raises(VtokError, match="--limit"):
         list(endless.readable())
@@ -112,7 +127,7 @@ def test_pictures_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(VtokError, match="no folder of pictures.*scenes"):
+    with pytest.raises(VtokError, match=r"no folder of pictures.*scenes"):
         find("nowhere")
     with pytest.raises(VtokError, match="holds no pictures"):
         find(tmp_path)

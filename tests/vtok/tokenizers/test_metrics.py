@@ -28,7 +28,13 @@ def test_ssim_is_scikit_images() -> None:
     found, wanted = pairs()
     theirs = [
         metrics.structural_similarity(
-            a.numpy(), b.numpy(), channel_axis=0, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            a.numpy(),
+            b.numpy(),
+            channel_axis=0,
+            data_range=1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
         )
         for a, b in zip(found, wanted, strict=True)
     ]
