@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,24 @@ def test_saved_models_bring_their_resampler(tiny: Any, tmp_path: Path) -> None:
     again = vtok.load(tmp_path / "saved")
     assert torch.equal(again(**batch).logits, expected)
     assert torch.equal(vtok.load(tmp_path / "saved", model=model)(**batch).logits, expected)
+
+
+def test_an_evaluation_tells_weights_apart(tiny: Any, tmp_path: Path) -> None:
+    """Answers are kept by what they depend on, which a folder's name alone does not say."""
+    from vtok_eval.harness.cells import line_up
+
+    model, folder = tiny("llava"), str(tmp_path / "own")
+    found = []
+    for trained in (False, True):
+        files.save(made(model, trained=trained), folder)
+        entries = line_up(model, ["flextok"], [9], {"flextok": {"weights": folder}}, [64])
+        assert [entry.status for entry in entries] == ["ok", "ok"]
+        assert entries[1].options == {"weights": folder}
+        found.append(json.dumps(entries[1].fingerprint()))
+    assert found[0] != found[1]
+    (_, given) = line_up(model, [vtok.get("flextok", weights=made(model))], [9], {}, [64])
+    assert given.options["weights"].startswith("OrderedResampler ")
+    assert "weights" not in line_up(model, ["flextok"], [9], {}, [64])[1].fingerprint()
 
 
 # wrong

@@ -93,6 +93,10 @@ class Method:
         """What ``stored`` wrote down, with its files in ``folder``."""
         return self
 
+    def digest(self) -> str:
+        """Tells trained weights apart that the options only name; answers depend on it. Empty where there are none."""
+        return ""
+
     def refuse(self, shape: Shape) -> str | None:
         """Why this method cannot serve a model of this shape, or ``None``."""
         if self.site == "encoder" and shape.tower_depth == 0:

@@ -71,7 +71,7 @@ class FlexTok(Method):
         from vtok.api import adapter_of
 
         source = "these weights" if isinstance(self.weights, nn.Module) else f"the weights {self.weights}"
-        resampler = self.weights if isinstance(self.weights, nn.Module) else files.load(self.weights)
+        resampler = self.resampler or files.load(str(self.weights))
         door = files.door(adapter_of(model))
         files.check(resampler.config, door, source)
         if self.auto is not None and not resampler.config.halting:
@@ -79,7 +79,25 @@ class FlexTok(Method):
                 f"{source} were trained without a halting head, so they cannot tell how many tokens a picture needs; "
                 "give a number as keep, or distil with --halting"
             )
-        return dataclasses.replace(self, weights=resampler.to(door.device))
+        prepared = dataclasses.replace(self)
+        # not an option: weights that were given by name stay so in reports and files
+        object.__setattr__(prepared, "_loaded", resampler.to(door.device))
+        return prepared
+
+    @property
+    def resampler(self) -> OrderedResampler | None:
+        """The trained weights, once ``prepare`` has loaded them or where they were given as they are."""
+        found = self.weights if isinstance(self.weights, OrderedResampler) else self.__dict__.get("_loaded")
+        return found if isinstance(found, OrderedResampler) else None
+
+    def options(self) -> dict[str, Any]:
+        options = super().options()
+        if isinstance(self.weights, OrderedResampler):
+            options["weights"] = f"OrderedResampler {self.digest()}"
+        return options
+
+    def digest(self) -> str:
+        return "" if self.resampler is None else files.digest(self.resampler)
 
     def automatic(self) -> tuple[Method, int | float] | None:
         # above half of an image's tokens there is little left to save
@@ -88,8 +106,7 @@ class FlexTok(Method):
     def stored(self, folder: Path) -> Method:
         if self.weights is None:
             return self
-        resampler = self.weights if isinstance(self.weights, OrderedResampler) else files.load(self.weights)
-        files.save(resampler, folder / self.name)
+        files.save(self.resampler or files.load(str(self.weights)), folder / self.name)
         return dataclasses.replace(self, weights=self.name)
 
     def restored(self, folder: Path) -> Method:
@@ -116,12 +133,12 @@ class FlexTok(Method):
 
     @property
     def _scheme(self) -> str:
-        return self.weights.config.scheme if isinstance(self.weights, OrderedResampler) else self.scheme
+        return self.scheme if self.resampler is None else self.resampler.config.scheme
 
     def _tokens(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, list[int]]:
         """(R, count, D) ordered tokens of x (R, rows * columns, D), and how many of them each picture needs."""
-        resampler = self.weights
-        if not isinstance(resampler, OrderedResampler):
+        resampler = self.resampler
+        if resampler is None:
             weights = plan(count, grid, self.scheme).weights.to(x.device)
             return (weights @ x.float()).to(x.dtype), [count] * len(x)
         most = resampler.config.tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -95,6 +96,14 @@ def find(source: str | Path) -> Path:
         f"there is no resampler {str(source)!r}: no such folder, and no such name; known names are "
         f"{', '.join(sorted(named)) or 'none'}; vtok tokenizer distill trains one"
     )
+
+
+def digest(resampler: OrderedResampler) -> str:
+    """Twelve letters that tell these weights from others."""
+    found = hashlib.sha256(resampler.config.to_json().encode())
+    for value in resampler.state_dict().values():
+        found.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def names() -> dict[str, Any]:

@@ -79,7 +79,9 @@ class Entry:
     def fingerprint(self) -> dict[str, Any]:
         """What its answers depend on."""
         names = [own.name or type(own).__name__ for own in self.chain]
-        return {"methods": names, "options": self.options, "budget": self.budget}
+        found = {"methods": names, "options": self.options, "budget": self.budget}
+        digests = [own.digest() for own in self.chain]
+        return found | {"weights": digests} if any(digests) else found
 
 
 def originals(entries: Sequence[Entry]) -> dict[str, str]:
