@@ -39,7 +39,7 @@ class TokenizerConfig:
         ordered: causal registers, of which any prefix decodes (FlexTok). ``False``: registers see each other and all
             K are needed (TiTok, arXiv 2406.07550).
         anchors: registers start as averages over nested boxes of the picture, with matching positions. Training leaves
-            its first plateau within hundreds of steps, but first tokens become averages instead of meanings.
+            its first plateau much sooner, but first tokens become averages instead of meanings.
         scheme: order of those boxes, ``"quadtree"`` or ``"haar"``.
         quantiser: ``"fsq"``, ``"vq"``, ``"binary"``, ``"kl"`` or ``"none"``.
         levels: of FSQ, one number a channel; their product is the number of codes.
