@@ -47,7 +47,7 @@ def reconstructions(
     config = tokenizer.config
     chosen = list(ks or (powers_of_two(config.tokens) if config.ordered else [config.tokens]))
     tokens = tokenizer.encode(images)
-    columns = [(images.cpu(), None)]
+    columns: list[tuple[Tensor, list[float] | None]] = [(images.cpu(), None)]
     for k in chosen:
         found = tokenizer.decode(tokens[:, :k], **decoding).cpu()
         columns.append((found, psnr(found, images.cpu()).tolist()))

@@ -312,7 +312,8 @@ def _ngrams(table: Tensor, seed: int) -> tuple[Zipf, ...]:
         counts = torch.bincount(numbers, minlength=size)
         half = first[:, None].expand_as(here)
         parts = [torch.bincount(grams[here & side], minlength=size) for side in (half, ~half)]
-        found.append(Zipf(n, *(zipf(*parts) or (None, None, None)), size, entropy(counts)))
+        exponent, error, distance = zipf(*parts) or (None, None, None)
+        found.append(Zipf(n, exponent, error, distance, size, entropy(counts)))
     return tuple(found)
 
 

@@ -122,8 +122,8 @@ def train(
     tokenizer = FlexTok(config, vae=vae).to(device).train()
 
     def step(images: Tensor) -> tuple[Tensor, dict[str, float]]:
-        known = {} if features is None else {"features": features(images.to(device))}
-        parts = tokenizer.losses(images.to(device), **known)
+        images = images.to(device)
+        parts = tokenizer.losses(images, features=None if features is None else features(images))
         return parts["loss"], {name: value.item() for name, value in parts.items() if name != "loss"}
 
     stage = Stage(
