@@ -14,6 +14,7 @@ QUANTISERS = ("fsq", "vq", "binary", "kl", "none")
 DECODERS = ("regress", "flow")
 SAMPLERS = ("uniform", "pow2", "uniform_pow2", "mix", "none")
 SCHEMES = ("quadtree", "haar")
+PREDICTS = ("signal", "velocity")
 
 #: quantiser -> weight of its loss: TiTok's, TiTok-VAE's; Instella-T2I's is unknown
 _WEIGHTS = {"vq": 0.25, "kl": 1e-6, "binary": 0.1}
@@ -53,6 +54,9 @@ class TokenizerConfig:
             (half of a batch pow2, half K) or ``"none"`` (always K).
         null_rate: share of samples trained without any token, for guidance (flow decoder).
         guidance: of the flow decoder where ``decode`` is given none; 1 is none at all.
+        predicts: what a flow decoder's network gives: ``"velocity"`` (FlexTok), or ``"signal"``, from which the
+            velocity follows (arXiv 2511.13720). A velocity holds all of the noise, so its network must be wider than a
+            patch has numbers; a signal needs no more than the picture.
         time_scale: what times in [0, 1] are multiplied by before they become waves (flow decoder).
         repa: channels of the features that the decoder's patches are aligned to (REPA, arXiv 2410.06940); 0: no head.
         repa_block: decoder block (from 0) behind which they are read.
@@ -92,6 +96,7 @@ class TokenizerConfig:
     sampler: str = "uniform_pow2"
     null_rate: float = 0.1
     guidance: float = 1.0
+    predicts: str = "signal"
     time_scale: float = 1000.0
     repa: int = 0
     repa_block: int = 1
@@ -114,6 +119,7 @@ class TokenizerConfig:
             ("decoder", DECODERS),
             ("sampler", SAMPLERS),
             ("scheme", SCHEMES),
+            ("predicts", PREDICTS),
         ):
             if getattr(self, name) not in known:
                 raise VtokError(f"there is no {name} {getattr(self, name)!r}; known are {', '.join(known)}")
@@ -196,6 +202,7 @@ _FLEXTOK: dict[str, Any] = {
     "tokens": 256,
     "anchors": False,
     "decoder": "flow",
+    "predicts": "velocity",
     "sampler": "uniform",
     "guidance": 7.5,
 }

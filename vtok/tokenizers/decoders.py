@@ -15,6 +15,9 @@ from vtok.tokenizers.config import TokenizerConfig
 from vtok.tokenizers.encoder import patchify, slot_boxes, unpatchify
 from vtok.tokenizers.nested import NestedDropout
 
+#: times below it count as it where a velocity is made of a signal, which divides by the time (arXiv 2511.13720)
+EARLIEST = 0.05
+
 
 class Judged(NamedTuple):
     """A training pass of a decoder.
@@ -165,7 +168,10 @@ class Flow(Decoder):
         patches = self.patch(patchify(x.to(self.patch.weight.dtype), self.config.patch))
         y, features = self.run(patches, registers, condition)
         shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, -1)
-        return self.signal(self.write(modulated(self.norm(y), shift, scale))), features
+        found = self.signal(self.write(modulated(self.norm(y), shift, scale)))
+        if self.config.predicts == "signal":
+            found = (x - found) / time.to(x).clamp_min(EARLIEST)[:, None, None, None]
+        return found, features
 
     def judge(self, values: Tensor, keep: Tensor, signal: Tensor, generator: torch.Generator | None) -> Judged:
         noise = torch.randn(signal.shape, generator=generator).to(signal)

@@ -163,6 +163,7 @@ def _config(description: Mapping[str, Any], weights: Mapping[str, Tensor], vae: 
         anchors=False,
         levels=tuple(levels),
         decoder="flow",
+        predicts="velocity",
         sampler=sampler if sampler in SAMPLERS else "uniform",
         null_rate=float(decoder["dec_latent_dropout"].get("dropout_prob", 0.0)),
         guidance=7.5,

@@ -16,7 +16,7 @@ UNORDERED: dict[str, Any] = {"ordered": False, "anchors": False, "sampler": "non
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "flow": {"decoder": "flow"},
-    "faithful": {"decoder": "flow", "anchors": False, "sampler": "uniform"},
+    "faithful": {"decoder": "flow", "anchors": False, "sampler": "uniform", "predicts": "velocity"},
     "vq": {"quantiser": "vq", "codebook": 64},
     "binary": {"quantiser": "binary", "bits": 10},
     "kl": {"quantiser": "kl"},
@@ -322,6 +322,7 @@ def test_other_errors(tmp_path: Any) -> None:
         ({"decoder": "gan"}, "decoder"),
         ({"sampler": "zipf"}, "sampler"),
         ({"scheme": "peano"}, "scheme"),
+        ({"predicts": "noise"}, "predicts"),
         ({"levels": (8, 2)}, "levels"),
         ({"levels": ()}, "levels"),
         ({"bits": 63}, "bits"),

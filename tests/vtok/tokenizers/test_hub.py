@@ -20,7 +20,13 @@ K, GRID = 8, 4
 
 def make() -> FlexTok:
     torch.manual_seed(0)
-    options: dict[str, Any] = {"decoder": "flow", "anchors": False, "sampler": "uniform", "guidance": 7.5}
+    options: dict[str, Any] = {
+        "decoder": "flow",
+        "predicts": "velocity",
+        "anchors": False,
+        "sampler": "uniform",
+        "guidance": 7.5,
+    }
     options |= {"latents": True, "channels": 4, "patch": 2, "image_size": 64, "vae_scale": 0.7, "decoder_width": 96}
     tokenizer = FlexTok.preset("test", repa=24, head_dim=32, depth=3, levels=(4, 3), **options)
     with torch.no_grad():
