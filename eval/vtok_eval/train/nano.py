@@ -69,6 +69,14 @@ _STAGES: dict[str, dict[str, Any]] = {
     "reading": _READING,
     "words": _WORDS,
     "sparse": _SPARSE,
+    # on what the tower says alone; what is right by then is asked less
+    "pictures": _SPARSE
+    | {
+        "steps": 1500,
+        "rate": 3e-4,
+        "blend": None,
+        "scenes": _SPARSE["scenes"] | {"rare": {"exists": 0.25, "colour": 0.25, "position": 0.25}},
+    },
     "full": {"steps": 400, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2}},
 }
 
@@ -149,6 +157,8 @@ def run(
                 words.collect(_drawn(name, processor, own["batches"], f"{seed}/{stage}", own["scenes"]))
             step, data = words.step, range(steps)
             groups = [([talk.project], rate), (words.last, own["tower"])]
+        elif stage == "pictures":
+            groups = [([language, talk.project], rate), ([hints], 2e-3)]
         elif stage == "full":
             groups = [([language, talk.project], rate)]
             hinted.remove()
