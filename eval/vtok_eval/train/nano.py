@@ -47,11 +47,11 @@ _READING: dict[str, Any] = _LOOKUPS | {
     },
 }
 _WORDS: dict[str, Any] = {
-    "steps": 1800,
+    "steps": 3000,
     "rate": 3e-3,
     "tower": 1e-3,
     "tokens": 4096,
-    "batches": 500,
+    "batches": 700,
     "scenes": {"size": 8, "crowds": 0.3, "kinds": {"mixed": 0.3, "count": 0.1, "text": 0.4, "detail": 0.2}},
 }
 _SPARSE: dict[str, Any] = {
@@ -86,7 +86,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-qwen": _STAGES
     | {
         "tower": _STAGES["tower"] | {"steps": 1500, "rate": 3e-4},
-        "words": _WORDS | {"tokens": 1024, "batches": 300},
+        "words": _WORDS | {"tokens": 1024, "batches": 350},
     },
 }
 
