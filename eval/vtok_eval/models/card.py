@@ -24,9 +24,9 @@ ABOUT = {
     "nano-llava": """\
 `LlavaForConditionalGeneration` of transformers with a `CLIPVisionModel` tower: 336 pixels, patches of 14, 576 visual
 tokens and a class token, 6 layers of width 384; a `LlamaModel` of 12 layers of width 160. Its tower starts as the first
-six blocks of DINOv2-small (a linear reading of objects in crowded scenes was best behind the sixth), with a third of the
-feed-forward neurons cut. Layer scale and the patch bias fold into other weights; CLIP's first norm is made to do nothing
-(`vtok_eval/models/surgery.py`).""",
+six blocks of DINOv2-small (a linear reading of objects in crowded scenes was best behind the sixth), with a third of
+the feed-forward neurons cut. Layer scale and the patch bias fold into other weights; CLIP's first norm is made to do
+nothing (`vtok_eval/models/surgery.py`).""",
     "nano-qwen": """\
 `Qwen2_5_VLForConditionalGeneration` of transformers: native resolution between 448 x 448 and 476 x 476 pixels in any
 aspect ratio, 2x2 merger, windows of 112 pixels in every other of 6 layers of width 384, M-RoPE; a language model of 12

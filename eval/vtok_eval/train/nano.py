@@ -47,11 +47,11 @@ _READING: dict[str, Any] = _LOOKUPS | {
     },
 }
 _WORDS: dict[str, Any] = {
-    "steps": 1800,
+    "steps": 3000,
     "rate": 3e-3,
     "tower": 1e-3,
     "tokens": 4096,
-    "batches": 500,
+    "batches": 700,
     "scenes": {"size": 8, "crowds": 0.3, "kinds": {"mixed": 0.3, "count": 0.1, "text": 0.4, "detail": 0.2}},
 }
 _SPARSE: dict[str, Any] = {
@@ -69,6 +69,14 @@ _STAGES: dict[str, dict[str, Any]] = {
     "reading": _READING,
     "words": _WORDS,
     "sparse": _SPARSE,
+    # on what the tower says alone; what is right by then is asked less
+    "pictures": _SPARSE
+    | {
+        "steps": 1500,
+        "rate": 3e-4,
+        "blend": None,
+        "scenes": _SPARSE["scenes"] | {"rare": {"exists": 0.25, "colour": 0.25, "position": 0.25}},
+    },
     "full": {"steps": 400, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2}},
 }
 
@@ -78,7 +86,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-qwen": _STAGES
     | {
         "tower": _STAGES["tower"] | {"steps": 1500, "rate": 3e-4},
-        "words": _WORDS | {"tokens": 1024, "batches": 300},
+        "words": _WORDS | {"tokens": 1024, "batches": 350},
     },
 }
 
@@ -149,6 +157,8 @@ def run(
                 words.collect(_drawn(name, processor, own["batches"], f"{seed}/{stage}", own["scenes"]))
             step, data = words.step, range(steps)
             groups = [([talk.project], rate), (words.last, own["tower"])]
+        elif stage == "pictures":
+            groups = [([language, talk.project], rate), ([hints], 2e-3)]
         elif stage == "full":
             groups = [([language, talk.project], rate)]
             hinted.remove()

@@ -20,8 +20,9 @@ SHARP = 8.0
 #: weight of telling each mark from its absence
 MARKED = 0.15
 
-#: share of tokens drawn among those that show a character: one in fifteen does
-READ = 0.2
+#: share of tokens drawn among those that show a character: one in fifteen does; and among centres, which answers are
+#: looked up from: one in a hundred is one, and large things have most of the other tokens
+READ, CENTRES = 0.2, 0.3
 
 
 class Words:
@@ -122,10 +123,10 @@ class Words:
 
     def step(self, _: Any) -> tuple[Tensor, dict[str, float]]:
         """Loss of tokens drawn by torch's generator, and which share of each kind of word is told from the others."""
-        read = self.shown["character"].nonzero()[:, 0]
-        few = round(READ * self.tokens) if len(read) else 0
-        index = torch.randint(len(self.seen), (self.tokens - few,)).to(self.seen.device)
-        index = torch.cat((index, read[torch.randint(len(read), (few,)).to(read.device)] if few else read))
+        pools = [(self.shown["character"] > 0, READ), (self.shown["centre"] > 0, CENTRES)]
+        drawn = [_among(pool.nonzero()[:, 0], round(share * self.tokens)) for pool, share in pools]
+        rest = torch.randint(len(self.seen), (self.tokens - sum(map(len, drawn)),))
+        index = torch.cat((rest.to(self.seen.device), *drawn))
         hidden = self._last(self.seen[index].float())
         found = self.project(hidden[:, 0] if self.talk.name == "nano-llava" else hidden.flatten(0, 1)).float()
         shown = {name: own[index] for name, own in self.shown.items()}
@@ -161,3 +162,7 @@ class Words:
                 loss = loss + MARKED * (each[yes].mean() + each[~yes].mean())
                 numbers[name] = ((score[yes] > 0).float().mean().item() + (score[~yes] < 0).float().mean().item()) / 2
         return loss, numbers
+
+
+def _among(indices: Tensor, count: int) -> Tensor:
+    return indices[torch.randint(len(indices), (count,)).to(indices.device)] if len(indices) else indices
