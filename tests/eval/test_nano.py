@@ -369,6 +369,20 @@ def test_scenes_are_reused_and_asked_anew() -> None:
     assert whole.grids == first.grids
 
 
+def test_batches_of_some_scenes_take_turns() -> None:
+    _, processor = nano.blank("nano-qwen", scenes.words())
+    data = Scenes("nano-qwen", processor, 1, 12, "turns", pixels=False, reuse=2, mixed=3)
+    shown = [data[step].images for step in range(12)]
+    first, second = shown[:6], shown[6:]
+    for window in (first, second):
+        assert sorted(sum(one is other for other in window) for one in window) == [2] * 6
+    assert not any(one is other for one in first for other in second)
+    assert any(one is not other for one, other in zip(first[::2], first[1::2], strict=True)), "they follow each other"
+    again = Scenes("nano-qwen", processor, 1, 12, "turns", pixels=False, reuse=2, mixed=3)
+    assert [turn.question for turn in again[7].turns[0]] == [turn.question for turn in data[7].turns[0]]
+    assert torch.equal(again[7].labels[0].thing, data[7].labels[0].thing), "a resumed run draws other scenes"
+
+
 @pytest.mark.grad
 @pytest.mark.parametrize("name", nano.NANO)
 def test_a_tower_learns(name: str) -> None:

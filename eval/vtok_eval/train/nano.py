@@ -60,7 +60,7 @@ _SPARSE: dict[str, Any] = {
     "layers": 4,
     "sparse": (1.0, 0.4),
     "blend": 0.2,
-    "scenes": _ASKED | {"crowds": 0.1, "reuse": 4},
+    "scenes": _ASKED | {"crowds": 0.1, "reuse": 4, "mixed": 32},
 }
 _STAGES: dict[str, dict[str, Any]] = {
     "tower": {"steps": 2500, "rate": 1.5e-4, "scenes": {"size": 8, "crowds": 0.8}},
@@ -77,7 +77,7 @@ _STAGES: dict[str, dict[str, Any]] = {
         "blend": None,
         "scenes": _SPARSE["scenes"] | {"rare": {"exists": 0.25, "colour": 0.25, "position": 0.25}},
     },
-    "full": {"steps": 400, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2}},
+    "full": {"steps": 400, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2, "mixed": 32}},
 }
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -143,6 +143,7 @@ def run(
     for stage, own in recipe.items():
         steps, rate = max(1, round(own["steps"] * scale)), own["rate"]
         talk.symbols, talk.sparse, talk.blend = own.get("symbols", False), own.get("sparse"), own.get("blend")
+        talk.remember = own["scenes"].get("mixed", 1)
         trained: nn.Module = talk
         step: Callable[[Any], tuple[Tensor, dict[str, float]]] = talk.step
         data = _drawn(name, processor, steps, f"{seed}/{stage}", own["scenes"])
