@@ -213,7 +213,7 @@ def test_symbols_stand_where_pictures_stood(name: str) -> None:
 
 @pytest.mark.grad
 @pytest.mark.parametrize("name", nano.NANO)
-def test_what_a_token_shows_is_put_into_words(name: str) -> None:
+def test_what_a_token_shows_is_put_into_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = nano.blank(name, scenes.words())
     randomize(model, 0)
     talk = Talk(name, model, processor)
@@ -221,6 +221,11 @@ def test_what_a_token_shows_is_put_into_words(name: str) -> None:
     talk.measure(data[0])
     words = Words(talk, 200)
     words.measure(data[0])
+    words.collect(data)
+    told = int((words.shown["centre"] > 0).logical_or(words.shown["character"] > 0).sum())
+    assert 0 < told < len(words.seen) < len(data[0].labels[0].thing.flatten()) / 2
+    assert told == int(data[0].labels[0].centre.logical_or(data[0].labels[0].character > 0).sum())
+    monkeypatch.setattr("vtok_eval.train.words.OTHERS", 1.0)
     words.collect(data)
     # what was kept, run through the rest, is what the whole gives, token by token (Qwen's tower goes by windows)
     hidden = words._last(words.seen.float())
