@@ -335,6 +335,9 @@ def test_hints_are_what_a_question_has_to_find() -> None:
     (where,) = found("objects", "what is on the left?", "cat", [maps])
     assert where[0] == len(ids("what is on the left")) - 1
     assert hints._answers[where[1]["answer"]] == ids("cat")
+    name, number = found("count", "how many times does the cat appear?", "1", [maps])
+    assert name[1] == place and number[0] == len(ids("how many times does the cat appear")) - 1
+    assert hints._answers[number[1]["answer"]] == ids("1")
     read = found("text", "read the word.", "abc", [maps])
     # before the mark, at the last of two tokens between, and at each character but the last: the one that follows
     assert [place for place, _ in read] == [2, 5, 6, 7]

@@ -56,11 +56,11 @@ _WORDS: dict[str, Any] = {
 }
 # what is right by then is asked less, what is not is drawn more
 _SPARSE: dict[str, Any] = {
-    "steps": 1200,
-    "rate": 4e-4,
+    "steps": 2400,
+    "rate": 8e-4,
     "layers": 4,
     "sparse": (1.0, 0.4),
-    "blend": 0.2,
+    "blend": 0.0,
     "scenes": _ASKED
     | {
         "crowds": 0.1,
@@ -78,7 +78,7 @@ _STAGES: dict[str, dict[str, Any]] = {
     "words": _WORDS,
     "sparse": _SPARSE,
     # on what the tower says alone
-    "pictures": _SPARSE | {"rate": 3e-4, "blend": None},
+    "pictures": _SPARSE | {"steps": 1200, "rate": 3e-4, "blend": None},
     "full": {"steps": 400, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2, "mixed": 32}},
 }
 
