@@ -211,7 +211,7 @@ def test_symbols_stand_where_pictures_stood(name: str) -> None:
 
 @pytest.mark.grad
 @pytest.mark.parametrize("name", nano.NANO)
-def test_what_a_token_shows_is_put_into_words(name: str) -> None:
+def test_what_a_token_shows_is_put_into_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = nano.blank(name, scenes.words())
     randomize(model, 0)
     talk = Talk(name, model, processor)
@@ -219,6 +219,11 @@ def test_what_a_token_shows_is_put_into_words(name: str) -> None:
     talk.measure(data[0])
     words = Words(talk, 200)
     words.measure(data[0])
+    words.collect(data)
+    told = int((words.shown["centre"] > 0).logical_or(words.shown["character"] > 0).sum())
+    assert 0 < told < len(words.seen) < len(data[0].labels[0].thing.flatten()) / 2
+    assert told == int(data[0].labels[0].centre.logical_or(data[0].labels[0].character > 0).sum())
+    monkeypatch.setattr("vtok_eval.train.words.OTHERS", 1.0)
     words.collect(data)
     # what was kept, run through the rest, is what the whole gives, token by token (Qwen's tower goes by windows)
     hidden = words._last(words.seen.float())
@@ -328,6 +333,9 @@ def test_hints_are_what_a_question_has_to_find() -> None:
     (where,) = found("objects", "what is on the left?", "cat", [maps])
     assert where[0] == len(ids("what is on the left")) - 1
     assert hints._answers[where[1]["answer"]] == ids("cat")
+    name, number = found("count", "how many times does the cat appear?", "1", [maps])
+    assert name[1] == place and number[0] == len(ids("how many times does the cat appear")) - 1
+    assert hints._answers[number[1]["answer"]] == ids("1")
     read = found("text", "read the word.", "abc", [maps])
     # before the mark, at the last of two tokens between, and at each character but the last: the one that follows
     assert [place for place, _ in read] == [2, 5, 6, 7]
@@ -365,6 +373,20 @@ def test_scenes_are_reused_and_asked_anew() -> None:
         (rows // 2, columns // 2) for _, rows, columns in whole.images["image_grid_thw"].tolist()
     ]
     assert whole.grids == first.grids
+
+
+def test_batches_of_some_scenes_take_turns() -> None:
+    _, processor = nano.blank("nano-qwen", scenes.words())
+    data = Scenes("nano-qwen", processor, 1, 12, "turns", pixels=False, reuse=2, mixed=3)
+    shown = [data[step].images for step in range(12)]
+    first, second = shown[:6], shown[6:]
+    for window in (first, second):
+        assert sorted(sum(one is other for other in window) for one in window) == [2] * 6
+    assert not any(one is other for one in first for other in second)
+    assert any(one is not other for one, other in zip(first[::2], first[1::2], strict=True)), "they follow each other"
+    again = Scenes("nano-qwen", processor, 1, 12, "turns", pixels=False, reuse=2, mixed=3)
+    assert [turn.question for turn in again[7].turns[0]] == [turn.question for turn in data[7].turns[0]]
+    assert torch.equal(again[7].labels[0].thing, data[7].labels[0].thing), "a resumed run draws other scenes"
 
 
 @pytest.mark.grad

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ def listed(scene: Any) -> str:
     return " ".join(thing.text or thing.name for thing in things)
 
 
+class _Shown(NamedTuple):
+    drawn: list[list[Any]]
+    images: dict[str, Tensor]
+    grids: list[tuple[int, int]]
+    labels: list[Labels]
+
+
 class Scenes(Dataset):
     """Batch number i of a seeded stream; the seed string starts with "train/", so no task's scene is ever drawn.
 
@@ -91,8 +98,10 @@ class Scenes(Dataset):
     rare : mapping of str to float, optional
         Of these tasks' questions only such a share is asked.
     reuse : int
-        Batches in a row that show the same scenes (the same ``images``) and ask anew: drawing is a third of a step that
-        runs no tower, and a tower that is not trained runs once for all of them.
+        Batches that show the same scenes (the same ``images``) and ask anew: drawing is a third of a step that runs no
+        tower, and a tower that is not trained runs once for all of them.
+    mixed : int
+        So many scenes' batches take turns, in a drawn order; 1 shows the same scenes ``reuse`` times in a row.
     """
 
     def __init__(
@@ -110,23 +119,20 @@ class Scenes(Dataset):
         kinds: Mapping[str, float] | None = None,
         rare: Mapping[str, float] | None = None,
         reuse: int = 1,
+        mixed: int = 1,
     ) -> None:
         self.name, self.processor, self.size, self.steps = name, processor, size, steps
         self.seed, self.questions, self.pairs, self.crowds = seed, questions, pairs, crowds
-        self.lists, self.pixels, self.rare, self.reuse = lists, pixels, rare or {}, reuse
+        self.lists, self.pixels, self.rare, self.reuse, self.mixed = lists, pixels, rare or {}, reuse, mixed
         self.kinds = kinds or KINDS
         self._tokens: dict[str, list[int]] = {}
-        self._drawn: tuple[int, list[list[Any]]] = (-1, [])
-        self._shown: tuple[int, dict[str, Tensor], list[tuple[int, int]], list[Labels]] = (-1, {}, [], [])
+        self._shown: dict[int, _Shown] = {}
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        number = step // self.reuse
-        if self._drawn[0] != number:
-            self._drawn = (number, self._draw(random.Random(f"train/{self.seed}/{number}")))
-        drawn = self._drawn[1]
+        drawn, images, grids, maps = self._at(self._number(step))
         rng = random.Random(f"train/{self.seed}/{step}/questions")
         turns = []
         for own in drawn:
@@ -138,14 +144,26 @@ class Scenes(Dataset):
             turns.append([Turn(qa.task, self._ids(qa.question), self._ids(qa.answer)) for qa in asked])
             if not asked or (len(own) == 1 and rng.random() < self.lists):
                 turns[-1].append(Turn("list", self._ids(LIST), self._ids(listed(own[0]))))
-        if self._shown[0] != number:
+        left = iter(grids)
+        return Batch(images, [[next(left) for _ in own] for own in drawn], maps, turns)
+
+    def _number(self, step: int) -> int:
+        """Which scenes a step shows."""
+        turn, place = divmod(step, self.mixed * self.reuse)
+        order = list(range(self.mixed)) * self.reuse
+        if self.mixed > 1:
+            random.Random(f"train/{self.seed}/{turn}/order").shuffle(order)
+        return turn * self.mixed + order[place]
+
+    def _at(self, number: int) -> _Shown:
+        if number not in self._shown:
+            self._shown = {old: own for old, own in self._shown.items() if old // self.mixed == number // self.mixed}
+            drawn = self._draw(random.Random(f"train/{self.seed}/{number}"))
             flat = [scene for own in drawn for scene in own]
             images, frames = prepared(self.name, self.processor, [scene.image for scene in flat], self.pixels)
             maps = [labels(scene, *grid, frame) for scene, (grid, frame) in zip(flat, frames, strict=True)]
-            self._shown = (number, images, [grid for grid, _ in frames], maps)
-        _, images, grids, maps = self._shown
-        left = iter(grids)
-        return Batch(images, [[next(left) for _ in own] for own in drawn], maps, turns)
+            self._shown[number] = _Shown(drawn, images, [grid for grid, _ in frames], maps)
+        return self._shown[number]
 
     def _draw(self, rng: random.Random) -> list[list[Any]]:
         """The scenes of a batch, one or two an item."""

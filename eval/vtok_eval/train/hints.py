@@ -29,8 +29,8 @@ class Hints(nn.Module):
 
     From answers alone a name learnt to look for itself in the picture after 1500 to 3000 batches, and places were not
     learnt within 4000: nothing leads there step by step. With these readings places were at 83 % after 450. The word
-    before a question's mark is to hold the embedding of what is to be named, and every character that of the next: with
-    a linear reading of its own for that, nothing was named for 1200 batches.
+    before a question's mark is to hold the embedding of what is to be named, or of the number, and every character that
+    of the next: with a linear reading of its own for that, nothing was named for 1200 batches.
 
     Parameters
     ----------
@@ -74,6 +74,8 @@ class Hints(nn.Module):
         last = len(turn.question) - 2
         if turn.task in ("objects", "detail"):
             found.append((last, {"answer": self._names[tuple(turn.answer)] - 1}))
+        if turn.task == "count":
+            found.append((last, {"answer": self._characters[turn.answer[0]]}))
         if turn.task == "text":
             spelt = [self._characters.get(token) for token in turn.answer]  # a few words to be read are one token
             places = [last, *range(len(turn.question) + between - 1, len(turn.question) + between + len(spelt) - 1)]

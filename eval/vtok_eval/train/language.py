@@ -66,6 +66,8 @@ class Talk(nn.Module):
         Put the words for what is there in the place of what the tower sees.
     hints : Hints or None
         What else is to be learnt where it watches a layer.
+    remember : int
+        Of so many batches' pictures ``read`` keeps what the tower made.
     blend : float or None
         Of what the tower sees, less the words for what is there, a share between this and 1 is added to those words,
         drawn anew for each picture.
@@ -84,7 +86,8 @@ class Talk(nn.Module):
         self.sparse: tuple[float, float] | None = None
         self.blend: float | None = None
         self.hints: Hints | None = None
-        self._seen: tuple[Any, Tensor, Tensor, list[int]] | None = None
+        self.remember = 1
+        self._seen: dict[int, tuple[Any, Tensor, Tensor, list[int]]] = {}
         width = model.config.vision_config.hidden_size
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
@@ -152,8 +155,8 @@ class Talk(nn.Module):
         return list(found.pooler_output)
 
     def read(self, images: dict[str, Tensor]) -> list[Tensor]:
-        """`features` with no gradient behind the projector; the tower is not run again for the same ``images``."""
-        if self._seen is None or self._seen[0] is not images:
+        """`features` with no gradient behind the projector; the tower is not run again for the last ``images``."""
+        if id(images) not in self._seen:
             entered: list[Tensor] = []
             # in front of the standardisation, which the projector does again
             watch = self.project.register_forward_pre_hook(lambda _, args: entered.append(args[0]), prepend=True)
@@ -162,8 +165,10 @@ class Talk(nn.Module):
                     order, sizes = self.order(moved(images, next(self.parameters()).device))
             finally:
                 watch.remove()
-            self._seen = images, entered[0], order, sizes
-        _, hidden, order, sizes = self._seen
+            while len(self._seen) >= self.remember:
+                del self._seen[next(iter(self._seen))]
+            self._seen[id(images)] = images, entered[0], order, sizes  # as long as they are held, the number is theirs
+        _, hidden, order, sizes = self._seen[id(images)]
         return list(self.project(hidden).flatten(0, -2)[order].split(sizes))
 
     def order(self, images: dict[str, Tensor]) -> tuple[Tensor, list[int]]:

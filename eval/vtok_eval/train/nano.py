@@ -51,16 +51,24 @@ _WORDS: dict[str, Any] = {
     "rate": 3e-3,
     "tower": 1e-3,
     "tokens": 4096,
-    "batches": 700,
+    "batches": 1100,
     "scenes": {"size": 8, "crowds": 0.3, "kinds": {"mixed": 0.3, "count": 0.1, "text": 0.4, "detail": 0.2}},
 }
+# what is right by then is asked less, what is not is drawn more
 _SPARSE: dict[str, Any] = {
-    "steps": 900,
-    "rate": 4e-4,
+    "steps": 2400,
+    "rate": 8e-4,
     "layers": 4,
     "sparse": (1.0, 0.4),
-    "blend": 0.2,
-    "scenes": _ASKED | {"crowds": 0.1, "reuse": 4},
+    "blend": 0.0,
+    "scenes": _ASKED
+    | {
+        "crowds": 0.1,
+        "reuse": 4,
+        "mixed": 32,
+        "kinds": {"mixed": 0.3, "count": 0.25, "text": 0.28, "detail": 0.17},
+        "rare": {"exists": 0.25, "colour": 0.25, "position": 0.25},
+    },
 }
 _STAGES: dict[str, dict[str, Any]] = {
     "tower": {"steps": 2500, "rate": 1.5e-4, "scenes": {"size": 8, "crowds": 0.8}},
@@ -69,15 +77,9 @@ _STAGES: dict[str, dict[str, Any]] = {
     "reading": _READING,
     "words": _WORDS,
     "sparse": _SPARSE,
-    # on what the tower says alone; what is right by then is asked less
-    "pictures": _SPARSE
-    | {
-        "steps": 1500,
-        "rate": 3e-4,
-        "blend": None,
-        "scenes": _SPARSE["scenes"] | {"rare": {"exists": 0.25, "colour": 0.25, "position": 0.25}},
-    },
-    "full": {"steps": 400, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2}},
+    # on what the tower says alone
+    "pictures": _SPARSE | {"steps": 1200, "rate": 3e-4, "blend": None},
+    "full": {"steps": 400, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2, "mixed": 32}},
 }
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -86,7 +88,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "nano-qwen": _STAGES
     | {
         "tower": _STAGES["tower"] | {"steps": 1500, "rate": 3e-4},
-        "words": _WORDS | {"tokens": 1024, "batches": 350},
+        "words": _WORDS | {"tokens": 1024, "batches": 600},
     },
 }
 
@@ -143,6 +145,7 @@ def run(
     for stage, own in recipe.items():
         steps, rate = max(1, round(own["steps"] * scale)), own["rate"]
         talk.symbols, talk.sparse, talk.blend = own.get("symbols", False), own.get("sparse"), own.get("blend")
+        talk.remember = own["scenes"].get("mixed", 1)
         trained: nn.Module = talk
         step: Callable[[Any], tuple[Tensor, dict[str, float]]] = talk.step
         data = _drawn(name, processor, steps, f"{seed}/{stage}", own["scenes"])

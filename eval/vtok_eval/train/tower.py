@@ -13,6 +13,16 @@ from torch.nn import functional as F
 from vtok_eval.train.data import Batch, moved
 from vtok_eval.train.labels import CHARACTERS, COLOURS, IGNORE, THINGS, Labels
 
+#: classes of a token, and what is told of it with yes or no
+CLASSES = {
+    "thing": len(THINGS),
+    "colour": len(COLOURS),
+    "character": len(CHARACTERS),
+    "next": len(CHARACTERS),
+    "order": 10,
+}
+MARKS = ("centre", "framed", "small")
+
 
 class Heads(nn.Module):
     """Linear readings of a token; thrown away after training.
@@ -28,31 +38,50 @@ class Heads(nn.Module):
     def __init__(self, width: int, pooled: int) -> None:
         super().__init__()
         self.norm, self.pooled_norm = nn.LayerNorm(width), nn.LayerNorm(pooled)
-        self.sizes = (len(THINGS), len(COLOURS), len(CHARACTERS))
-        self.read = nn.Linear(width, sum(self.sizes))
+        self.read = nn.Linear(width, sum(CLASSES.values()) + len(MARKS))
         self.present = nn.Linear(pooled, len(THINGS))
 
     def loss(self, tokens: Tensor, pooled: Tensor, truth: list[Labels]) -> tuple[Tensor, dict[str, float]]:
         """Cross entropies of (n, width) tokens, and of (images, pooled) what is present.
 
-        Tokens that show nothing outnumber the others by far: each kind has a mean of its own.
+        Tokens that show nothing outnumber the others by far, and those of large things the centres, from which answers
+        are looked up: each kind has a mean of its own.
         """
-        maps = self.read(self.norm(tokens)).float().split(self.sizes, -1)
-        numbers, total = {}, tokens.new_zeros((), dtype=torch.float32)
-        for name, logits in zip(("thing", "colour", "character"), maps, strict=True):
-            target = torch.cat([getattr(own, name).flatten() for own in truth]).to(logits.device)
+        *maps, marks = self.read(self.norm(tokens)).float().split((*CLASSES.values(), len(MARKS)), -1)
+        numbers: dict[str, float] = {}
+        total = tokens.new_zeros((), dtype=torch.float32)
+        wanted = {
+            name: torch.cat([getattr(own, name).flatten() for own in truth]).to(tokens.device)
+            for name in (*CLASSES, *MARKS)
+        }
+        something, lettered = wanted["thing"] != 0, wanted["character"] > 0
+        centres = wanted["centre"] > 0
+        for name, logits in zip(CLASSES, maps, strict=True):
+            target = wanted[name]
             each = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
             shown = (target != 0) & (target != IGNORE)
-            for kind, weight in ((shown, 1.0), (target == 0, 0.5)):
-                total = total + weight * (each * kind).sum() / kind.sum().clamp(min=1)
-            right = (logits.argmax(-1) == target)[shown].float().mean()
-            numbers[name] = right.item() if shown.any() else 0.0
+            # a second character, and a place in a word, are asked of characters only
+            other = lettered & (target == 0) if name in ("next", "order") else target == 0
+            for kind, weight in ((shown, 1.0), (other, 0.5), (shown & centres, 1.0)):
+                total = total + weight * _mean(each, kind)
+            numbers[name] = _mean((logits.argmax(-1) == target).float(), shown).item()
+        numbers["told"] = _mean((maps[0].argmax(-1) == wanted["thing"]).float(), centres & something).item()
+        for name, logit in zip(MARKS, marks.unbind(-1), strict=True):
+            target = wanted[name].float()
+            each = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+            among = torch.ones_like(something) if name == "framed" else something
+            for kind in (target > 0.5, target <= 0.5):
+                total = total + 0.3 * _mean(each, among & kind)
         target = torch.stack([own.present() for own in truth]).to(pooled.device)
         logits = self.present(self.pooled_norm(pooled)).float()
         total = total + 20 * F.binary_cross_entropy_with_logits(logits, target)
         hits = (logits > 0) & (target > 0)
         numbers["present"] = (hits.sum() / ((logits > 0).sum() + (target > 0).sum()).clamp(min=1) * 2).item()
         return total, numbers
+
+
+def _mean(values: Tensor, among: Tensor) -> Tensor:
+    return (values * among).sum() / among.sum().clamp(min=1)
 
 
 class Tower(nn.Module):

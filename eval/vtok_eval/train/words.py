@@ -22,7 +22,10 @@ MARKED = 0.15
 
 #: share of tokens drawn among those that show a character: one in fifteen does; and among centres, which answers are
 #: looked up from: one in a hundred is one, and large things have most of the other tokens
-READ, CENTRES = 0.2, 0.3
+READ, CENTRES = 0.2, 0.45
+
+#: share of the other tokens that is collected: more pictures teach more than all of their tokens
+OTHERS = 0.12
 
 
 class Words:
@@ -84,7 +87,8 @@ class Words:
 
     @torch.no_grad()
     def collect(self, scenes: Scenes) -> None:
-        """Run the tower on all batches and keep what enters the last feed-forward: (tokens, patches each, D)."""
+        """Run the tower on all batches; keep what enters the last feed-forward, (tokens, patches each, D), of centres,
+        characters and some of the others."""
         talk, device = self.talk, next(self.talk.parameters()).device
         seen, wanted, summary = [], [], []
         shown: list[dict[str, Tensor]] = []
@@ -100,9 +104,12 @@ class Words:
                 if talk.name == "nano-llava":
                     summary.append(hidden[:, 0].float())
                     hidden = hidden[:, 1:].flatten(0, 1)
-                seen.append(hidden.view(len(places), -1, hidden.shape[-1])[places].bfloat16())
-                wanted.append(torch.cat(talk.words(batch.labels, device)).bfloat16())
-                shown.append(self._labels(batch.labels, device))
+                found = self._labels(batch.labels, device)
+                some = torch.rand(len(places), generator=torch.Generator().manual_seed(number)).to(device) < OTHERS
+                kept = (found["centre"] > 0) | (found["character"] > 0) | some
+                seen.append(hidden.view(len(places), -1, hidden.shape[-1])[places][kept].bfloat16())
+                wanted.append(torch.cat(talk.words(batch.labels, device))[kept].bfloat16())
+                shown.append({name: own[kept] for name, own in found.items()})
         finally:
             watch.remove()
         self.seen, self.wanted = torch.cat(seen), torch.cat(wanted)
