@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -190,3 +191,18 @@ def test_wrong_calls(tmp_path: Path) -> None:
         Recipe(rate=0)
     with pytest.raises(vtok.VtokError, match="dtype 'float8' is unknown"):
         command._loaded("nano-llava", "cpu", "float8")
+
+
+def test_a_hub_id_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(name: str, **_: Any) -> None:
+        asked.append(name)
+        raise OSError("the hub is out of reach\nand more")
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", refuse)
+    with pytest.raises(vtok.VtokError, match=r"model and processor of some/model: the hub is out of reach$"):
+        command._loaded("some/model", "cpu", "float32")
+    with pytest.raises(vtok.VtokError, match="there is no folder some_model; give one"):
+        command._loaded("some_model", "cpu", "float32")
+    assert asked == ["some/model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ MODELS = "vtok.models"
 
 
 def distill(
-    model: Annotated[str, typer.Option(help="A folder that from_pretrained loads, or an embedded model's name.")],
+    model: Annotated[str, typer.Option(help="A folder that from_pretrained loads, an embedded model, a hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and the finished resampler/.")],
     data: Annotated[
         str, typer.Option(help="A folder of JSON Lines (image, question, answer) and pictures, or a name: scenes.")
@@ -86,11 +87,17 @@ def _loaded(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise VtokError(f"dtype {dtype!r} is unknown; take float32, bfloat16 or float16")
     named = {entry.name: entry for entry in entry_points(group=MODELS)}
-    folder = Path(named[model].load()(model)) if model in named and not Path(model).is_dir() else Path(model)
-    network = plain(folder, dtype=getattr(torch, dtype)).to(device)
+    source = str(named[model].load()(model)) if model in named and not Path(model).is_dir() else model
     try:
-        processor: Any = transformers.AutoProcessor.from_pretrained(folder)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
+            auto: Any = transformers.AutoModelForImageTextToText
+            network = auto.from_pretrained(source, dtype=getattr(torch, dtype)).eval()
+        else:
+            network = plain(source, dtype=getattr(torch, dtype))
+        processor: Any = transformers.AutoProcessor.from_pretrained(source)
+    except VtokError:
+        raise
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise VtokError(f"transformers cannot load the processor in {folder}: {reason}") from error
-    return network, processor
+        raise VtokError(f"transformers cannot load model and processor of {source}: {reason}") from error
+    return network.to(device), processor
