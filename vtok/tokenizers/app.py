@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 Tokenizer = Annotated[
-    str, typer.Argument(help="A folder that training or save_pretrained wrote, or the name of a shipped tokenizer.")
+    str, typer.Argument(help="A folder that training or save_pretrained wrote, or the name of an installed tokenizer.")
 ]
 Data = Annotated[str, typer.Argument(help="A folder of PNG, JPEG or WebP files, one such file, or a name: scenes.")]
 Limit = Annotated[int | None, typer.Option(help="At most so many pictures.", min=1)]

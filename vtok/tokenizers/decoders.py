@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Judged(NamedTuple):
     features: Tensor
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """What both decoders share: how tokens become registers, and the transformer.
 
     Tokens are projected, given positions, and only then dropped (FlexTok section 3.2), so a dropped one carries
@@ -94,14 +95,15 @@ class Decoder(nn.Module):
         """(B, C, S, S) from what ``write`` gave for each patch."""
         return unpatchify(patches, self.config.patch, self.config.grid)
 
+    @abstractmethod
     def judge(self, values: Tensor, keep: Tensor, signal: Tensor, generator: torch.Generator | None) -> Judged:
         """A training pass: values (B, k, dim), of which keep (B,) count, against the signal."""
-        raise NotImplementedError
 
+    @abstractmethod
     def estimate(self, values: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
         """(B, C, S, S) in one pass, what the tokens alone say: for measuring prefixes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reconstruct(
         self, values: Tensor, keep: Tensor, noise: Tensor, steps: int, guidance: flow.Guidance | None
     ) -> Tensor:
@@ -114,7 +116,6 @@ class Decoder(nn.Module):
             steps: of a flow.
             guidance: of a flow, or ``None``.
         """
-        raise NotImplementedError
 
 
 class Regress(Decoder):

@@ -59,7 +59,7 @@ def vae_of(folder: Path | None, device: str) -> Any:
 
 
 def tokenizer(name: str, device: str | None = None, vae: Path | None = None) -> FlexTok:
-    """A tokenizer from its folder, from the folder of a training, or by the name of a shipped one.
+    """A tokenizer from its folder, from the folder of a training, or by the name of an installed one.
 
     Raises
     ------
@@ -68,13 +68,13 @@ def tokenizer(name: str, device: str | None = None, vae: Path | None = None) -> 
     """
     place, folder = device_of(device), Path(name)
     if not folder.is_dir():
-        shipped = {entry.name: entry for entry in entry_points(group=GROUP)}
-        if name not in shipped:
-            known = f" ({', '.join(shipped)})" if shipped else ""
+        installed = {entry.name: entry for entry in entry_points(group=GROUP)}
+        if name not in installed:
+            known = f" ({', '.join(installed)})" if installed else ""
             raise VtokError(
-                f"{name} is neither a folder nor a shipped tokenizer{known}; train one: vtok tokenizer train"
+                f"{name} is neither a folder nor an installed tokenizer{known}; train one: vtok tokenizer train"
             )
-        folder = shipped[name].load()(name)
+        folder = installed[name].load()(name)
     elif not (folder / CONFIG).is_file() and (folder / FINISHED / CONFIG).is_file():
         folder = folder / FINISHED
     return FlexTok.from_pretrained(folder, vae=vae_of(vae, place)).to(place)

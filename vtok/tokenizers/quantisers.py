@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Quantised(NamedTuple):
     losses: dict[str, Tensor]
 
 
-class Quantiser(nn.Module):
+class Quantiser(nn.Module, ABC):
     """Turns z (B, K, inputs) into tokens.
 
     Attributes:
@@ -36,9 +37,9 @@ class Quantiser(nn.Module):
     dim: int
     codes: int | None = None
 
+    @abstractmethod
     def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Quantised:
         """Quantise; in training mode with losses, and with what is random drawn from ``generator`` (on the CPU)."""
-        raise NotImplementedError
 
     def tokens(self, z: Tensor) -> Tensor:
         """(B, K) long, or (B, K, dim) where tokens are continuous; nothing is random, whatever the mode."""

@@ -114,7 +114,7 @@ def run(
     seed : int
         Of weights and scenes.
     scale : float
-        All step counts times this; 1 is what the shipped weights had.
+        All step counts times this; 1 is the whole recipe.
     device : str
         ``"cpu"`` or ``"cuda"``.
     workers : int

@@ -290,7 +290,7 @@ def train(
     out : str or Path
         For checkpoints, ``log.jsonl`` and the finished ``model/delta.safetensors``.
     scale : float
-        All step counts times this; 1 is what the shipped delta had.
+        All step counts times this; 1 is the whole recipe.
     seed : int
         Of new weights and scenes.
     device : str

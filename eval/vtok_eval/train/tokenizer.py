@@ -26,7 +26,7 @@ def run(
     seed : int
         Of weights and scenes.
     scale : float
-        The step count times this; 1 is what the shipped weights had.
+        The step count times this; 1 is the whole recipe.
     device : str
         ``"cpu"`` or ``"cuda"``.
     workers : int

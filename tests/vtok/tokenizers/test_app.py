@@ -188,7 +188,7 @@ def test_codes_are_stored_in_the_narrowest_kind() -> None:
 
 def test_what_cannot_be_done_is_told(trained: tuple[Path, Any], pictures: Path, tmp_path: Path) -> None:
     out = trained[0]
-    assert "neither a folder nor a shipped tokenizer" in refused("encode", "nowhere", pictures)
+    assert "neither a folder nor an installed tokenizer" in refused("encode", "nowhere", pictures)
     assert "has no config.json" in refused("encode", pictures, pictures)
     assert "no folder of pictures" in refused("encode", out, "nowhere")
     assert "no end" in refused("encode", out, "scenes", "--out", tmp_path / "none")
