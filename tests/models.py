@@ -447,3 +447,13 @@ def _collate_videos(family: str, videos: list[_Visual]) -> dict[str, Tensor]:
     if family == "qwen2_5_vl":
         out["second_per_grid_ts"] = torch.ones(len(videos))
     return out
+
+
+def real_of(batch: Batch) -> Tensor:
+    """(B, L) bool: columns that are no padding."""
+    return batch["attention_mask"].bool()
+
+
+def close(a: Tensor, b: Tensor, atol: float = 2e-5) -> None:
+    """Equal but for rounding."""
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 import vtok
 from vtok.api import session_of
 
-from .conftest import LAYERS, LLAVA, METHODS, PAIRS, SHARED, anatomy, settings, site
-from .models import FAMILIES, QWEN, SCENARIOS, Batch, inputs, pad_right, scenarios, single, visual_mask
+from .conftest import LLAVA, METHODS, PAIRS, SHARED, anatomy, settings, site
+from .models import FAMILIES, QWEN, SCENARIOS, Batch, close, inputs, pad_right, real_of, scenarios, single, visual_mask
 from .oracle import Prompt, hidden_columns, masked, recorded, rewrites, survivors, text_model
 
 SOME = ("ragged", "adjacent", "mixed")  # all that the other scenarios have is in these
@@ -23,14 +23,6 @@ CASES = [(method, family, name) for method, family in PAIRS for name in SOME if 
 pairs = pytest.mark.parametrize(("method", "family"), PAIRS)
 cases = pytest.mark.parametrize(("method", "family", "name"), CASES)
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 3}
-
-
-def real_of(batch: Batch) -> Tensor:
-    return batch["attention_mask"].bool()
-
-
-def close(a: Tensor, b: Tensor, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 # 1. keep of everything, and restore
@@ -351,139 +343,6 @@ def test_the_average_is_the_budget(tiny: Any, method: str, family: str, share: f
         assert report.average_tokens >= goal - 1.0
 
 
-# inside the tower
-
-
-@dataclass(frozen=True)
-class Longest(vtok.Method):
-    """Keeps the longest features, at one layer of the tower."""
-
-    layer: int = 2
-    site = "encoder"
-
-    def score(self, view: vtok.TowerView) -> Tensor:
-        return view.per_cell(view.features.norm(dim=-1))
-
-
-TOWER = ["", *(method for method in METHODS if method == "flowcut")]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", TOWER, ids=["longest", *TOWER[1:]])
-def test_masked_oracle_of_the_tower(tiny: Any, method: str, family: str) -> None:
-    """What the tower makes of the survivors is what the plain one makes with the dropped patches masked as keys."""
-    model = tiny(family)
-    prompts = SCENARIOS["ragged"]
-    if family == "llava_onevision":  # of sizes that it does not resample: there, a token comes from several patches
-        prompts = [[2, "image:56x112", 3], [2, "image:56x56", 1, "image:112x56", 3]]
-    batch = inputs(family, model, prompts)
-    names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
-    call = {key: batch[key] for key in names if key in batch}
-    vtok.compress(model, method or Longest(), keep=0.5)
-    got = model.get_image_features(**call, return_dict=True)
-    adapter, media = session_of(model).adapter, got._vtok_state.media
-    vtok.restore(model)
-    layers = sorted({layer for item in media for layer, _ in item.stages})
-    assert layers
-    hidden = {layer: hidden_patches(adapter, call, media, layer) for layer in layers}
-    handles = []
-    for number, block in enumerate(adapter.tower.layers):
-        gone = next((hidden[layer] for layer in reversed(layers) if layer <= number), None)
-        if gone is not None and adapter.tower.packed:
-            handles.append(block.attn.register_forward_hook(partial(attend_packed, gone), with_kwargs=True))
-        elif gone is not None:
-            handles.append(block.self_attn.register_forward_pre_hook(partial(mask_dense, gone), with_kwargs=True))
-    expected = model.get_image_features(**call, return_dict=True)
-    for handle in handles:
-        handle.remove()
-    sizes = [item.medium.length for item in media]
-    newline = getattr(model.model, "image_newline", torch.full((64,), torch.nan))
-    for number, (a, b) in enumerate(zip(feature_sets(got, sizes), feature_sets(expected, sizes), strict=True)):
-        for item, own, plain in zip(media, a, b, strict=True):
-            assert 0 < len(item.tokens) < len(own)
-            close(own[item.tokens], plain[item.tokens])
-            rest = torch.ones(len(own)).index_fill(0, item.tokens, 0).bool()
-            if number == 0:  # planes may be taken before the cut
-                assert not own[rest & (own != newline).any(-1)].any()
-
-
-def feature_sets(output: Any, sizes: list[int]) -> list[tuple[Tensor, ...]]:
-    """Features by image, and so Qwen3-VL's DeepStack planes."""
-    found = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
-    return [
-        torch.cat(tuple(part)).split(sizes) if isinstance(part, (list, tuple)) else part.split(sizes) for part in found
-    ]
-
-
-def hidden_patches(adapter: Any, call: dict, media: Any, layer: int) -> Tensor:
-    """Patches that were dropped before `layer`: (tiles, N) of a dense tower, (seq,) of a packed one."""
-    stands = []
-    for item in media:
-        own = [kept for at, kept in item.stages if at <= layer]
-        stands.append(own[-1] if own else torch.ones(item.medium.length, dtype=torch.bool))
-    if adapter.tower.packed:
-        raster = ~torch.cat(stands)
-        windows = adapter.windows(call["image_grid_thw"])
-        return (raster if windows is None else raster[windows[0]]).repeat_interleave(adapter.tower.unit)
-    tiles, patches = max(item.medium.tiles.stop for item in media), adapter.tile_length("image")
-    flat = torch.arange(tiles * patches, dtype=torch.float64).view(tiles, patches, 1)
-    gone = torch.ones(tiles * patches, dtype=torch.bool)
-    for stand, index in zip(
-        stands, adapter.pack("image", call, [item.medium for item in media], flat, -1.0), strict=True
-    ):
-        numbers = index[:, 0].round().long()[stand]
-        gone[numbers[numbers >= 0]] = False
-    return gone.view(tiles, patches)
-
-
-def mask_dense(gone: Tensor, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    x = args[0] if args else kwargs["hidden_states"]
-    bias = torch.zeros(x.shape[:2])
-    bias[:, x.shape[1] - gone.shape[1] :].masked_fill_(gone, torch.finfo(x.dtype).min)
-    return args[:1], {**kwargs, "attention_mask": bias[:, None, None]}
-
-
-def attend_packed(gone: Tensor, module: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-    """Attention of a Qwen tower by hand, with masked keys."""
-    x = args[0] if args else kwargs["hidden_states"]
-    q, k, v = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).unbind(1)
-    cos, sin = (part[:, None] for part in kwargs["position_embeddings"])
-    q, k = (t * cos + torch.cat((-t[..., t.shape[-1] // 2 :], t[..., : t.shape[-1] // 2]), -1) * sin for t in (q, k))
-    ends = kwargs["cu_seqlens"].tolist()
-    segment = torch.repeat_interleave(torch.arange(len(ends) - 1), torch.tensor(ends).diff())
-    visible = (segment[:, None] == segment) & (~gone | torch.eye(len(gone), dtype=torch.bool) & gone)
-    logits = torch.einsum("qhd,khd->hqk", q, k) * module.scaling
-    rows = logits.masked_fill(~visible, torch.finfo(x.dtype).min).softmax(-1)
-    return module.proj(torch.einsum("hqk,khd->qhd", rows, v).flatten(1))
-
-
-@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if site(pair[0]) == "encoder"])
-def test_towers_leave_tokens_at_their_places(tiny: Any, method: str, family: str) -> None:
-    """With little dropped or merged, a survivor still looks most like the plain model's feature at its own place."""
-    model = tiny(family)
-    batch = inputs(family, model, SCENARIOS["mixed" if "mixed" in scenarios(family) else "ragged"])
-    plain, some = (tower_features(model, batch, method, keep) for keep in (1.0, 0.9))
-    vtok.compress(model, method, keep=0.9)
-    model(**batch)
-    right = total = 0
-    for span in session_of(model).last.spans:
-        tokens = span.columns if span.encoded.tokens is None else span.columns[span.encoded.tokens]
-        nearest = torch.cdist(some[span.sample, tokens], plain[span.sample, span.columns]).argmin(1)
-        right += int((span.columns[nearest] == tokens).sum())
-        total += len(tokens)
-        if span.length > 10 and not session_of(model).decoder_stages:
-            assert len(tokens) < span.length
-    assert right > 0.9 * total
-
-
-def tower_features(model: PreTrainedModel, batch: Batch, method: str, keep: float) -> Tensor:
-    vtok.compress(model, method, keep=keep)
-    with recorded(model) as prompt:
-        model(**batch)
-    vtok.restore(model)
-    return prompt.embeds
-
-
 # merging
 
 
@@ -597,120 +456,3 @@ def test_kept_positions_by_default_where_published(tiny: Any, method: str, famil
     vtok.compress(model, method, **settings(method, family))
     published = vtok.method.registry()[method].positions
     assert session_of(model).positions == ("keep" if family in QWEN else published)
-
-
-# 5. statistics
-
-
-@dataclass(frozen=True)
-class Probe(vtok.Method):
-    """Takes every statistic down and keeps the first tokens."""
-
-    seen: list = field(default_factory=list)
-    layer: int = 2
-    site = "decoder"
-
-    def stages(self, shape: vtok.Shape) -> tuple[vtok.Stage, ...]:
-        reads = frozenset({"attention", "qkv", "transition"})
-        observed = (self.layer - 2, self.layer - 1)
-        return (vtok.Stage("decoder", self.layer, self.select, reads=reads, share=1 / self.layer, observed=observed),)
-
-    def select(self, view: vtok.DecoderView, count: int) -> Tensor:
-        q, k, v_last, v = view.projections()
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        found = {
-            "last": view.attention("last"),
-            "instruction": view.attention("instruction"),
-            "next last": view.attention("last", of="next"),
-            "next instruction": view.attention("instruction", of="next"),
-            "text to visual": view.mass()[0],
-            "visual to text": view.mass()[1],
-            "transition": view.transition(),
-            "relation": ((k @ q[..., None])[..., 0] * q.shape[-1] ** -0.5).softmax(-1).mean(1),
-            "value": torch.cat((v, v_last[:, :, None]), 2),
-        }
-        for i, number in enumerate(view.spans):
-            self.seen.append((number, view.tokens[i], {name: value[i] for name, value in found.items()}))
-        return torch.arange(count).expand(view.features.shape[0], -1)
-
-
-STATISTICS = [(family, name) for family in FAMILIES for name in ("ragged", "adjacent", "video", "mixed")]
-
-
-@pytest.mark.parametrize(("family", "name"), [case for case in STATISTICS if case[1] in scenarios(case[0])])
-def test_statistics_equal_those_of_attention_maps(tiny: Any, family: str, name: str) -> None:
-    """Before a first and before a second cut, against maps, inputs and outputs of the (masked) plain eager model."""
-    model = tiny(family, attn="eager")
-    batch = inputs(family, model, SCENARIOS[name])
-    probes = [Probe([], 2), Probe([], 5)]
-    vtok.compress(model, probes, keep=0.6)
-    model(**batch)
-    gone, spans = hidden_columns(model, batch), session_of(model).last.spans
-    vtok.restore(model)
-    for probe in probes:
-        assert {number for number, *_ in probe.seen} == set(range(len(spans)))
-        still = [gone[min(layer, probe.layer - 1)] for layer in range(LAYERS)]  # up to this cut
-        maps, taken = watch(model, batch, still)
-        for number, tokens, found in probe.seen:
-            where, row = spans[number].columns[tokens], spans[number].sample
-            expected = by_hand(batch, maps, taken, still, probe.layer, row, where)
-            assert found.keys() == expected.keys()
-            for key, value in found.items():
-                torch.testing.assert_close(
-                    value.double(), expected[key].double(), atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
-                )
-
-
-Taken = dict[tuple[int, str], tuple[Tensor, Tensor]]
-
-
-def watch(model: PreTrainedModel, batch: Batch, gone: list[Tensor]) -> tuple[Any, Taken]:
-    """Attention maps of the masked plain model, and what goes into and comes out of its attention, mlp and values."""
-    taken: Taken = {}
-
-    def after(key: tuple[int, str], module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        entering = args[0] if args else kwargs["hidden_states"]
-        taken[key] = entering, output[0] if isinstance(output, tuple) else output
-
-    handles = []
-    for i, layer in enumerate(text_model(model).layers):
-        parts = {"attention": layer.self_attn, "mlp": layer.mlp, "v": layer.self_attn.v_proj}
-        handles += [m.register_forward_hook(partial(after, (i, k)), with_kwargs=True) for k, m in parts.items()]
-    with masked(model, gone, batch["attention_mask"]):
-        maps = model(**batch, output_attentions=True).attentions
-    for handle in handles:
-        handle.remove()
-    return maps, taken
-
-
-def by_hand(
-    batch: Batch, maps: Any, taken: Taken, gone: list[Tensor], layer: int, row: int, where: Tensor
-) -> dict[str, Tensor]:
-    """The probe's statistics before `layer`, for the image of sample `row` that stands at columns `where`."""
-    real, visual = real_of(batch)[row], visual_mask(batch)[row]
-    before, coming = (maps[i][row].double().mean(0) for i in (layer - 1, layer))
-    last = int(real.nonzero()[-1])
-    tail = torch.arange(int(visual.nonzero()[-1]) + 1, last + 1)
-    first = int(visual.nonzero()[0])
-    pictures = visual & ~gone[layer - 1][row]
-    words = ~visual & real & (torch.arange(len(real)) > first)
-    relation = maps[layer - 1][row][:, last, where].double()
-    value = taken[layer - 1, "v"][1][row][torch.cat((where, torch.tensor([last])))]
-    transition = torch.zeros(len(real)).double()
-    for i in {0, 1} | {layer - 2, layer - 1}:
-        standing = real & ~gone[i][row]
-        for part in ("attention", "mlp"):
-            x, y = (side[row].double() for side in taken[i, part])
-            turn = (1 - torch.cosine_similarity(x, y, dim=-1)).exp()
-            transition += y.norm(dim=-1) / x.norm(dim=-1) * turn / turn[standing].sum()
-    return {
-        "last": before[last, where],
-        "instruction": before[tail][:, where].mean(0),
-        "next last": coming[last, where],
-        "next instruction": coming[tail][:, where].mean(0),
-        "text to visual": before[words][:, pictures].sum(1).mean(),
-        "visual to text": before[pictures][:, words].sum(1).mean(),
-        "transition": transition[where],
-        "relation": (relation / relation.sum(-1, keepdim=True)).mean(0),
-        "value": value.unflatten(-1, (2, -1)).transpose(0, 1),
-    }

@@ -10,7 +10,7 @@ from vtok_eval.scenes.records import Scene, Thing
 
 
 def crowd(rng: random.Random, size: tuple[int, int] | None = None) -> Scene:
-    """A scene of about fifteen objects, some shapes and signs, of kind ``"crowd"``.
+    """A scene of about seventeen objects, some shapes and signs, of kind ``"crowd"``.
 
     Parameters
     ----------
@@ -30,7 +30,9 @@ def crowd(rng: random.Random, size: tuple[int, int] | None = None) -> Scene:
             canvas.paste(sign.image, box)
             canvas.things.append(Thing(kind, "text", None, box, text, sign.at(*box[:2])))
     canvas.add_shapes(rng.randint(0, 4))
-    sides = sorted((round(rng.randint(30, 84) * canvas.scale) for _ in range(18)), reverse=True)
+    # half of them as small as what scenes of kind "detail" ask about, which are too few to learn from
+    ranges = ((24, 40), (30, 84))
+    sides = sorted((round(rng.randint(*ranges[i % 2]) * canvas.scale) for i in range(22)), reverse=True)
     for (name, style), side in zip(canvas.concepts(len(sides)), sides, strict=True):
         canvas.add_object(name, style, side, zoned=0)
     return canvas.scene("crowd")
