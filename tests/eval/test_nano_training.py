@@ -56,6 +56,15 @@ def test_labels_say_what_a_token_looks_at() -> None:
     assert torch.equal(found.window(1, 2, 3, 4).thing, found.thing[1:4, 2:6])
 
 
+def test_near_a_centre_are_cells_of_things() -> None:
+    found = labels(_seen(), 12, 12, (0, 0, 12, 12))
+    near, something = found.near(), (found.thing > 0) | (found.character > 0)
+    assert (near >= found.centre).all() and near.sum() > found.centre.sum()
+    for row, column in near.nonzero().tolist():
+        assert something[row, column]
+        assert found.centre[max(0, row - 2) : row + 3, max(0, column - 2) : column + 3].any()
+
+
 def test_a_tiny_box_has_a_token() -> None:
     assert covered((1.8, 2.9, 2.1, 3.1), 5, 5).nonzero().tolist() == [[3, 1]]
 
@@ -101,7 +110,8 @@ def test_what_a_token_shows_is_put_into_words(name: str, monkeypatch: pytest.Mon
     told = int((words.shown["centre"] > 0).logical_or(words.shown["character"] > 0).sum())
     assert 0 < told < len(words.seen) < len(data[0].labels[0].thing.flatten()) / 2
     assert told == int(data[0].labels[0].centre.logical_or(data[0].labels[0].character > 0).sum())
-    monkeypatch.setattr("vtok_eval.train.words.OTHERS", 1.0)
+    for share in ("NEAR", "OTHERS"):
+        monkeypatch.setattr(f"vtok_eval.train.words.{share}", 1.0)
     words.collect(data)
     # what was kept, run through the rest, is what the whole gives, token by token (Qwen's tower goes by windows)
     hidden = words._last(words.seen.float())
@@ -121,7 +131,7 @@ def test_what_a_token_shows_is_put_into_words(name: str, monkeypatch: pytest.Mon
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] and set(numbers) >= {"away", "character", "order"}
+    assert losses[-1] < losses[0] and set(numbers) >= {"away", "character", "order", "chance"}
 
 
 @pytest.mark.parametrize("name", nano.NANO)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vtok_eval import scenes
 
@@ -58,6 +59,11 @@ class Labels:
         found[self.thing.unique()] = 1
         found[0] = 0
         return found
+
+    def near(self) -> Tensor:
+        """(rows, columns) bool: cells of things and characters at most two cells from a centre, centres included."""
+        around = functional.max_pool2d(self.centre.float()[None], 5, 1, 2)[0] > 0
+        return around & ((self.thing > 0) | (self.character > 0) | self.centre)
 
     def window(self, top: int, left: int, rows: int, columns: int) -> Labels:
         """The labels of a part of the grid."""
