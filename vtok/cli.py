@@ -24,6 +24,7 @@ from vtok.errors import VtokError
 ELSEWHERE = {
     "bench": "vtok.bench.app:app",
     "eval": "vtok_eval.harness:command",
+    "export": "vtok.export.command:command",
     "tokenizer": "vtok.tokenizers.app:app",
     "tune": "vtok_eval.tune:command",
 }

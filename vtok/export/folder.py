@@ -42,7 +42,7 @@ def written(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         ``folder`` is in the way, its parent cannot be written to, or the disk is full.
     """
     folder = Path(folder).absolute()
-    _check(folder, overwrite)
+    ready(folder, overwrite)
     prefix = f".{folder.name}.partial-"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,15 @@ def _full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in FULL or any(words in str(error) for words in WORDS)
 
 
-def _check(folder: Path, overwrite: bool) -> None:
+def ready(folder: str | Path, overwrite: bool = False) -> None:
+    """Check that a folder may be written, before anything that takes long.
+
+    Raises
+    ------
+    VtokError
+        Something else is there.
+    """
+    folder = Path(folder)
     if folder.is_file() or folder.is_symlink():
         raise VtokError(f"{folder} is no folder; name one that is not there yet")
     if not folder.is_dir() or not any(folder.iterdir()):

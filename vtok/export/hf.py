@@ -44,22 +44,10 @@ def write(model: nn.Module, folder: str | Path, *, processor: Any = None, precis
     VtokError
         The model is not compressed or of no class that the auto class knows; a precision that files do not have.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    if precision is not None and precision not in DTYPES:
-        raise VtokError(
-            f"a Hugging Face folder has weights in {', '.join(DTYPES)}, not in {precision}; for int8 export to onnx or "
-            "openvino, or load the folder with a quantization_config of transformers"
-        )
+    check(model, precision)
     session = session_of(model)
     own: torch.dtype = next(model.parameters()).dtype
     dtype = own if precision is None else DTYPES[precision]
-    if dtype not in names:
-        raise VtokError(f"these weights are in {own}; convert them first: model.to(torch.float16)")
-    if session.adapter.text is None:
-        raise VtokError(
-            f"{type(model).__name__} has no language model, so no auto class would load it compressed; vtok.save and "
-            "vtok.load keep towers"
-        )
     folder = Path(folder)
     save(model, folder, weights=False)
     state = None if dtype is own else _cast(model.state_dict(), dtype)
@@ -69,7 +57,43 @@ def write(model: nn.Module, folder: str | Path, *, processor: Any = None, precis
     _mark(folder / "config.json", str(dtype).removeprefix("torch."))
     shim = Path(__file__).with_name(f"{SHIM}.py")
     (folder / shim.name).write_text(shim.read_text(encoding="utf-8"), encoding="utf-8")
-    return names[dtype]
+    return next(name for name, known in DTYPES.items() if known is dtype)
+
+
+def check(model: nn.Module, precision: str | None) -> None:
+    """Refuse what ``write`` would, before it starts.
+
+    Raises
+    ------
+    VtokError
+        The model is not compressed or of no class that the auto class knows; a precision that files do not have.
+    """
+    if precision is not None and precision not in DTYPES:
+        raise VtokError(
+            f"a Hugging Face folder has weights in {', '.join(DTYPES)}, not in {precision}; for int8 export to onnx or "
+            "openvino, or load the folder with a quantization_config of transformers"
+        )
+    session = session_of(model)
+    own = next(model.parameters()).dtype
+    if precision is None and own not in DTYPES.values():
+        raise VtokError(f"these weights are in {own}; convert them first: model.to(torch.float16)")
+    if session.adapter.text is None:
+        raise VtokError(
+            f"{type(model).__name__} has no language model, so no auto class would load it compressed; vtok.save and "
+            "vtok.load keep towers"
+        )
+
+
+def lossless(model: nn.Module, precision: str) -> bool:
+    """Whether every weight of a model is the same in a precision, as those of a bf16 file read into fp32 are."""
+    dtype = DTYPES.get(precision)
+    if dtype is None:
+        return False
+    return all(
+        weight.dtype is dtype or torch.equal(weight.to(dtype).to(weight.dtype), weight)
+        for weight in model.parameters()
+        if weight.is_floating_point()
+    )
 
 
 def from_auto(name: str | Path, *args: Any, config: Any = None, **kw: Any) -> Any:
@@ -92,7 +116,8 @@ def from_auto(name: str | Path, *args: Any, config: Any = None, **kw: Any) -> An
     kw.pop("trust_remote_code", None)
     if not kw.get("adapter_kwargs"):
         kw.pop("adapter_kwargs", None)
-    hub = {key: kw.pop(key) for key in ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder") if key in kw}
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
+    hub = {key: kw.pop(key) for key in names if key in kw}
     folder = _fetched(name, hub)
     settings = {} if config is None else {"config": config}
     return load(folder, model=plain(folder, *args, **settings, **kw))

@@ -89,9 +89,8 @@ class Manifest:
     compression : mapping
         ``methods``, ``keep`` and ``positions``, as ``vtok_config.json`` has them.
     plan : mapping or None
-        What is fixed in the graphs (layout, tokens in, tokens kept ...); ``None`` for ``hf``, where nothing is.
-    left_out : tuple of str
-        Parts of the method that a fixed graph cannot hold and that were left out when asked to.
+        What is fixed in the graphs (layout, tokens in, tokens kept, what was left out ...); ``None`` for ``hf``, where
+        nothing is.
     files : mapping of str to File
         By path inside the folder, ``manifest.json`` left out.
     parity : Parity or None
@@ -107,7 +106,6 @@ class Manifest:
     source: Mapping[str, Any]
     compression: Mapping[str, Any]
     plan: Mapping[str, Any] | None = None
-    left_out: tuple[str, ...] = ()
     files: Mapping[str, File] = field(default_factory=dict)
     parity: Parity | None = None
     command: str = ""
@@ -167,7 +165,6 @@ def read(folder: str | Path) -> Manifest:
     try:
         found["files"] = {name: File(**entry) for name, entry in found.get("files", {}).items()}
         found["parity"] = Parity(**found["parity"]) if found.get("parity") else None
-        found["left_out"] = tuple(found.get("left_out", ()))
         return Manifest(**found)
     except (TypeError, AttributeError) as error:
         raise VtokError(f"{path} is damaged ({error}); export the model again") from error
