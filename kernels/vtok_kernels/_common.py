@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .backend import portable_asked
+
 
 def score_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, else float32: ties and sums of half-precision scores are not to be trusted."""
@@ -22,6 +24,10 @@ def ranking(values: Tensor) -> Tensor:
     """
     if values.is_floating_point():
         values = values.to(score_dtype(values)) + 0.0
+    if portable_asked():
+        # exporters know no stable sort; theirs (ONNX TopK), and torch's own on CPUs, are
+        values = values if values.is_floating_point() else values.to(torch.int32)
+        return torch.sort(values, dim=1, descending=True).indices
     return torch.sort(values, dim=1, descending=True, stable=True).indices
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._common import unit
+from ._common import score_dtype, unit
 from .backend import portable_form
 from .greedy import check_selection
 
@@ -80,3 +80,13 @@ def max_sum(x: Tensor, k: int, pivot: Tensor, *, objective: str = "sum", sort: b
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """As the operator, by one gather."""
     return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
+
+
+@portable_form("merge_sum")
+def merge_sum(x: Tensor, dst: Tensor, n_out: int) -> Tensor:
+    """As the operator, by scatter_add: index_add would need rows of all items in one axis."""
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
+    flat = flat.to(score_dtype(x)) if x.is_floating_point() else flat
+    slots = torch.where(dst < 0, n_out, dst).unsqueeze(-1).expand(-1, -1, flat.shape[2])
+    summed = torch.zeros_like(flat[:, :1]).expand(-1, n_out + 1, -1).scatter_add(1, slots, flat)
+    return summed[:, :n_out].reshape(x.shape[0], n_out, *x.shape[2:]).to(x.dtype)

@@ -135,7 +135,7 @@ def _plain_asked() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _portable_asked() -> bool:
+def portable_asked() -> bool:
     """Whether a graph is being exported. Not guarded either."""
     return _exporting.get()
 
@@ -146,7 +146,7 @@ def operator(reference: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(reference)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _portable_asked():
+        if portable_asked():
             return _PORTABLE.get(name, reference)(*args, **kwargs)
         if torch.compiler.is_compiling():
             function = reference if _plain_asked() else _TRACED.get(name, reference)

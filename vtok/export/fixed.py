@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vtok.budget import Profile
-from vtok.engine.plan import Plan
+from vtok.engine.plan import Plan, stages_of
 from vtok.engine.session import Session
 from vtok.errors import VtokError
 from vtok.method import Method
@@ -91,9 +91,16 @@ class Budget(Plan):
         check(session, fixed)
         super().__init__(session.adapter, session.methods, session.keep, session.positions)
         self.left_out = tuple(_sentence(method, self) for method in session.methods if _late(method, self))
-        self.stages = [stage for stage in self.stages if stage.site != "decoder"]
+        owned = [(method, stage) for method in self.methods for stage in stages_of(method, self.shape)]
+        self.owned = [(method, stage) for method, stage in owned if stage.site != "decoder"]
+        self.stages = [stage for _, stage in self.owned]
+        self.input_stages = [stage for stage in self.stages if stage.site == "input"]
         self.decoder_stages: list[Stage] = []
         self.profile = Profile()
+
+    def owner(self, stage: Stage) -> Method:
+        """The method that a stage belongs to."""
+        return next(method for method, own in self.owned if own is stage)
 
     @property
     def tower_stages(self) -> list[Stage]:
@@ -136,6 +143,14 @@ def check(session: Session, fixed: bool) -> None:
                 f"{name} with auto= keeps another number of tokens of every picture, and a graph has one; give a "
                 "number as keep, or export to hf"
             )
+
+
+def data_dependent(name: str) -> VtokError:
+    """The refusal of a method whose number of tokens follows the picture."""
+    return VtokError(
+        f"{name} keeps another number of tokens of every picture, and a graph has one; take a method of a fixed budget, "
+        "such as divprune or visionzip, or export to hf"
+    )
 
 
 def _late(method: Method, plan: Plan) -> bool:

@@ -15,9 +15,9 @@ is a ``FixedPlan`` and says the shape without B in ``pixel_shape``):
 - ``qwen2_5_vl``, ``qwen2_vl``: (B, N, patch_dim), all pictures of the example's ``image_grid_thw``.
 
 B is open, everything else is fixed by the example. The module runs as it is, through ``torch.export.export`` (not
-strict) and from there through ``torch.onnx.export``; it switches the operators to their portable forms itself. It shares
-the model's weights and needs neither its hooks nor ``vtok.restore``. Trace it with at least two pictures, so that the
-batch is not taken for a constant. Random draws are those of the first picture of a prompt.
+strict) and from there through ``torch.onnx.export``; it switches the operators to their portable forms itself. It
+shares the model's weights and needs neither its hooks nor ``vtok.restore``. Trace it with at least two pictures, so that
+the batch is not taken for a constant. Random draws are those of the first picture of a prompt.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from vtok.api import session_of
 from vtok.export.fixed import FAMILIES, Budget, FixedPlan, only_picture
 from vtok.export.vision.dense import DenseGraph
 from vtok.export.vision.graph import VisionGraph
+from vtok.export.vision.packed import PackedGraph
+from vtok.export.vision.tiles import TiledGraph
 
 __all__ = ["FAMILIES", "FixedPlan", "VisionGraph", "vision_graph"]
 
@@ -63,4 +65,5 @@ def vision_graph(model: nn.Module, example: Mapping[str, Any], *, fixed: bool = 
     session = session_of(model)
     budget = Budget(session, fixed)
     medium = only_picture(session, example)
-    return DenseGraph(budget, medium, example).eval()
+    kinds = {"llava": DenseGraph, "llava_next": TiledGraph, "qwen2_vl": PackedGraph, "qwen2_5_vl": PackedGraph}
+    return kinds[session.adapter.family](budget, medium, example).eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import vtok_kernels as kernels
 from vtok.errors import VtokError
-from vtok.export.fixed import Budget, FixedPlan
+from vtok.export.fixed import Budget, FixedPlan, data_dependent
 from vtok.protocol import Medium
-from vtok.view import Selection, Stage, View
+from vtok.view import Selection, Stage, TowerView, View
 
 
 @dataclass
@@ -25,11 +25,13 @@ class Tokens:
         features: (B, n, D).
         index: (B, n) original token in the picture, ascending.
         saliency: (B, length) of all original tokens, or ``None``.
+        alike: ``index`` is the same for all pictures.
     """
 
     features: Tensor
     index: Tensor
     saliency: Tensor | None = None
+    alike: bool = True
 
 
 class Draws(nn.Module):
@@ -57,6 +59,14 @@ class FixedView(View):
         return own.expand(self.tokens.shape[0], -1).gather(1, self.tokens.clamp_max(own.shape[0] - 1))
 
 
+@dataclass
+class FixedTowerView(TowerView):
+    """As ``FixedView``, inside or right behind the tower."""
+
+    draws: Any = None
+    random = FixedView.random
+
+
 class VisionGraph(nn.Module):
     """Pixels to kept visual tokens. Subclasses say what their tower does.
 
@@ -71,6 +81,9 @@ class VisionGraph(nn.Module):
         self.budget, self.medium = budget, medium
         self.adapter, self.spec = budget.adapter, budget.adapter.tower
         self.draws = Draws()
+        self.found: dict[Hashable, tuple[Tensor, Callable[[Tensor], Tensor] | None]] = {}
+        learnt = [getattr(method, "resampler", None) for method in budget.methods]
+        self.learnt = nn.ModuleList([module for module in learnt if isinstance(module, nn.Module)])
         self.chosen = list(zip(budget.input_stages, budget.input_counts(medium.length), strict=False))
         self.reads_saliency = self.spec.has_cls and any("saliency" in stage.reads for stage, _ in self.chosen)
 
@@ -118,11 +131,47 @@ class VisionGraph(nn.Module):
             saliency=None if tokens.saliency is None else tokens.saliency.gather(1, tokens.index),
             draws=self.draws,
         )
+        indices, features, alike = self.ask(stage, view, count, tokens.alike, "input")
+        return Tokens(features, tokens.index.gather(1, indices), tokens.saliency, alike)
+
+    def ask(self, stage: Stage, view: View, count: int, alike: bool, key: Hashable) -> tuple[Tensor, Tensor, bool]:
+        """A stage's answer: positions (G, count) ascending, tokens (G, count, D) at them, and whether the positions are
+        the same for all pictures.
+
+        Args:
+            stage: whose ``select`` is asked.
+            view: tokens as they stand.
+            count: how many shall stay.
+            alike: the view's tokens are the same for all pictures.
+            key: tells calls of one stage apart.
+
+        Raises:
+            VtokError: how many tokens it keeps depends on the picture.
+        """
+        place, unit = (id(stage), key), getattr(view, "unit", 1)
+        if alike and place not in self.found:
+            owner = self.budget.owner(stage)
+            fixed = owner.fixed(view, count) if stage.select == owner.select else None
+            if fixed is not None:
+                self.found[place] = fixed
+        if place in self.found:
+            own, pour = self.found[place]
+            indices = own.expand(view.tokens.shape[0], -1)
+            features = gather_cells(view.features, indices, unit) if pour is None else pour(view.features)
+            return indices, features.to(view.features.dtype), True
+        assert stage.select is not None
         chosen = checked(stage.select(view, count), self.budget.name)
         features = chosen.features
         if features is None:
-            features = kernels.gather_tokens(tokens.features, chosen.indices)
-        return Tokens(features.to(tokens.features.dtype), tokens.index.gather(1, chosen.indices), tokens.saliency)
+            features = gather_cells(view.features, chosen.indices, unit)
+        return chosen.indices, features.to(view.features.dtype), False
+
+
+def gather_cells(x: Tensor, index: Tensor, unit: int = 1) -> Tensor:
+    """(B, n * unit, D) rows of the cells at index (B, k): (B, k * unit, D)."""
+    if unit == 1:
+        return kernels.gather_tokens(x, index)
+    return kernels.gather_tokens(x.unflatten(1, (-1, unit)), index).flatten(1, 2)
 
 
 def checked(answer: Tensor | Selection, name: str) -> Selection:
@@ -139,8 +188,5 @@ def checked(answer: Tensor | Selection, name: str) -> Selection:
             )
         return answer
     if answer.dtype == torch.bool:
-        raise VtokError(
-            f"{name} keeps another number of tokens of every picture, and a graph has one; take a method of a fixed "
-            "budget, such as divprune or visionzip, or export to hf"
-        )
+        raise data_dependent(name)
     return Selection(answer)
