@@ -98,7 +98,17 @@ def of_folder(
     """
     if manifest.read(folder).target == "hf":
         return of_model(*_auto(folder, dtype), questions, new_tokens, advance)
-    return _of_runtime(open_exported(folder), questions, new_tokens, advance)
+    from vtok.export.runtime import open_exported
+
+    runtime, found = open_exported(folder), []
+    for question in questions:
+        inputs = question.inputs or runtime.inputs([question.picture], [question.prompt])
+        given = runtime.generate_ids(inputs, new_tokens)
+        kept = tuple(int(index) for image in given.kept[0] for index in image)
+        tokens = _cut(given.tokens[0].tolist(), list(runtime.settings.ends))
+        found.append(Answer(tokens, kept, torch.from_numpy(given.logits[0]).float()))
+        advance(1)
+    return found
 
 
 def _auto(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -48,7 +48,7 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest instead of a summary.")] = False,
 ) -> None:
-    """Write a compressed model for transformers, ONNX Runtime, OpenVINO or torch.export, if it answers the same there."""
+    """Write a compressed model for transformers, ONNX Runtime, OpenVINO or torch.export, if it answers alike there."""
     import vtok
     from vtok.cli import _budget, _option, _print_json, _quiet
     from vtok.export import TARGETS, export, source

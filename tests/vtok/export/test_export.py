@@ -194,3 +194,41 @@ def test_bad_words(words: list[str], message: str, folder: Path, tmp_path: Path)
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
+
+
+# -- graphs -------------------------------------------------------------------------------------------------------
+
+
+def test_public_names() -> None:
+    assert vtok.export.export is export
+    from vtok.export import runtime
+
+    assert all(getattr(vtok, name) is getattr(runtime, name) for name in ("OnnxVLM", "OpenVinoVLM", "Pt2VLM"))
+    with pytest.raises(AttributeError, match="no attribute 'GgufVLM'"):
+        _ = vtok.GgufVLM
+
+
+@pytest.mark.parametrize(("to", "package"), [("pt2", "torch"), ("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_graphs_answer_as_the_model_does(to: str, package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
+    model, processor = built("llava")
+    vtok.compress(model, vtok.get("todre", decision=0.5), keep=8)
+    with pytest.raises(VtokError, match="second stage inside the decoder"):
+        export(model, tmp_path / "out", to, processor=processor, **QUICK)
+    made = export(model, tmp_path / "out", to, processor=processor, fixed=True, fresh=to == "onnx", **QUICK)
+    assert verify(tmp_path / "out") == made
+    assert made.plan is not None and made.plan["kept"] == 8 and made.plan["left_out"]
+    assert {"config.json", CONFIG, "tokenizer.json"} <= made.files.keys()
+    found = made.parity
+    assert found is not None and found.answers_equal == found.kept_equal == 3
+    assert vtok.api.session_of(model).methods[0].decision == 0.5
+
+
+def test_int8(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model, _ = built("llava")
+    vtok.compress(model, "divprune", keep=8)
+    made = export(model, tmp_path / "out", "onnx", precision="int8", fresh=False, **QUICK)
+    assert made.precision == "int8" and made.parity is not None and "30%" in made.parity.rule
+    with pytest.raises(VtokError, match="pt2 has no precision int8; take fp32"):
+        export(model, tmp_path / "other", "pt2", precision="int8", **QUICK)

@@ -55,9 +55,14 @@ class OtherError(Exception):
 )
 def test_nothing_is_left_of_a_failure(error: BaseException, message: str, tmp_path: Path) -> None:
     wanted = VtokError if "full" in message else type(error)
-    with pytest.raises(wanted, match=message), written(tmp_path / "out") as beside:
-        (beside / "part").write_text("half")
-        raise error
+
+    def fail() -> None:
+        with written(tmp_path / "out") as beside:
+            (beside / "part").write_text("half")
+            raise error
+
+    with pytest.raises(wanted, match=message):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -76,7 +81,7 @@ def test_what_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with written(tmp_path / "empty") as beside:
         (beside / MANIFEST).write_text("1")
-    with pytest.raises(VtokError, match="earlier export.*--overwrite"), written(tmp_path / "empty"):
+    with pytest.raises(VtokError, match=r"earlier export.*--overwrite"), written(tmp_path / "empty"):
         pass
 
 
@@ -165,7 +170,7 @@ def test_changed_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "two").write_text("2")
     NOTE.write(tmp_path)
     (tmp_path / "one").write_text("!")
-    with pytest.raises(VtokError, match="one in .* differ"):
+    with pytest.raises(VtokError, match=r"one in .* differ"):
         manifest.verify(tmp_path)
     (tmp_path / "two").unlink()
     with pytest.raises(VtokError, match="lacks two"):
@@ -183,7 +188,7 @@ def test_changed_and_missing_files(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_manifests(content: object, message: str, tmp_path: Path) -> None:
-    with pytest.raises(VtokError, match="holds no manifest.json"):
+    with pytest.raises(VtokError, match=r"holds no manifest\.json"):
         manifest.read(tmp_path)
     (tmp_path / MANIFEST).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(VtokError, match=message):

@@ -1,4 +1,4 @@
-"""A folder for transformers' auto classes: the same compressed model in a fresh process, with and without remote code."""
+"""A folder for the auto classes of transformers: the same model in a fresh process, with and without remote code."""
 
 from __future__ import annotations
 
