@@ -92,7 +92,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, **kw: Any) -> An
     """
     folder = Path(folder)
     config = read_config(folder)
-    methods = [_read(entry, folder) for entry in config["methods"]]
+    methods = [read_method(entry, folder) for entry in config["methods"]]
     if model is None:
         model = plain(folder, **kw)
     elif kw:
@@ -220,7 +220,14 @@ def _written(method: Method) -> dict[str, Any]:
     return {"name": name, "options": options}
 
 
-def _read(entry: Any, folder: Path) -> Method:
+def read_method(entry: Any, folder: Path) -> Method:
+    """One method of a ``vtok_config.json``, with its files in ``folder``.
+
+    Raises
+    ------
+    VtokError
+        No name, a method that is not registered here, or options that it does not know.
+    """
     name, options = (entry.get("name"), entry.get("options", {})) if isinstance(entry, Mapping) else (None, None)
     if not isinstance(name, str) or not isinstance(options, Mapping):
         raise VtokError(f"{folder / CONFIG} has a method without a name; save the model again with vtok.save")
