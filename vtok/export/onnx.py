@@ -34,8 +34,9 @@ def write(programs: Sequence[Program], folder: str | Path, precision: str = "fp3
         Exists.
     precision : str
         ``"fp32"``; ``"fp16"``: matrices and tables are stored in half precision and computed with in fp32;
-        ``"int8"``: ONNX Runtime's dynamic quantisation, weights of matrix products in 8 bits a column, activations as
-        they come. Inputs and outputs are fp32 in each.
+        ``"int8"``: ONNX Runtime's dynamic quantisation of the decoder, weights of matrix products in 8 bits, a scale a
+        column, activations as they come; vision side and embeddings are as in fp16, so that the same tokens are kept.
+        Inputs and outputs are fp32 in each.
 
     Returns
     -------
@@ -56,9 +57,10 @@ def write(programs: Sequence[Program], folder: str | Path, precision: str = "fp3
     for program in programs:
         path = Path(folder) / FILES[program.name]
         graph = translate(program)
-        if precision == "fp16":
+        quantised = precision == "int8" and program.name == "decoder"
+        if precision != "fp32" and not quantised:
             shrink.halve(graph)
-        if precision == "int8" and program.name != "embed":
+        if quantised:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 plain = Path(scratch) / path.name
                 save(graph, plain)

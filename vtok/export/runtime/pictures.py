@@ -73,7 +73,7 @@ def resized(settings: Settings, picture: Image.Image) -> Image.Image:
 
 
 def by_prompt(images: Any, prompts: int) -> list[list[Image.Image]]:
-    """Pictures of each prompt, from one picture, one a prompt, or a list a prompt.
+    """Pictures of each prompt, from one picture, one a prompt, or a list a prompt; ``None`` stands for no picture.
 
     Raises
     ------
@@ -90,4 +90,4 @@ def by_prompt(images: Any, prompts: int) -> list[list[Image.Image]]:
         return [list(images)]
     if len(images) != prompts:
         raise VtokError(f"there are {len(images)} pictures or lists of them for {prompts} prompts; give one for each")
-    return [[item] if isinstance(item, Image.Image) else list(item) for item in images]
+    return [[item] if isinstance(item, Image.Image) else list(item or ()) for item in images]
