@@ -148,8 +148,8 @@ def check(session: Session, fixed: bool) -> None:
 def data_dependent(name: str) -> VtokError:
     """The refusal of a method whose number of tokens follows the picture."""
     return VtokError(
-        f"{name} keeps another number of tokens of every picture, and a graph has one; take a method of a fixed budget, "
-        "such as divprune or visionzip, or export to hf"
+        f"{name} keeps another number of tokens of every picture, and a graph has one; take a method of a fixed "
+        "budget, such as divprune or visionzip, or export to hf"
     )
 
 

@@ -16,8 +16,8 @@ is a ``FixedPlan`` and says the shape without B in ``pixel_shape``):
 
 B is open, everything else is fixed by the example. The module runs as it is, through ``torch.export.export`` (not
 strict) and from there through ``torch.onnx.export``; it switches the operators to their portable forms itself. It
-shares the model's weights and needs neither its hooks nor ``vtok.restore``. Trace it with at least two pictures, so that
-the batch is not taken for a constant. Random draws are those of the first picture of a prompt.
+shares the model's weights and needs neither its hooks nor ``vtok.restore``. Trace it with at least two pictures, so
+that the batch is not taken for a constant. Random draws are those of the first picture of a prompt.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Cells:
             return tuple(kernels.gather_tokens(part.transpose(1, 2), rows).transpose(1, 2) for part in parts)
 
         assert self.rotary is not None
-        cos, sin = (kernels.gather_tokens(part.expand(len(rows), -1, -1), rows) for part in self.rotary)
+        cos, sin = (kernels.gather_tokens(part.expand(rows.shape[0], -1, -1), rows) for part in self.rotary)
         return dataclasses.replace(
             self,
             x=kernels.gather_tokens(self.x, rows),

@@ -123,9 +123,9 @@ class DenseGraph(VisionGraph):
     def _before(self, number: int, runs: list[Run], split: bool) -> tuple[list[Run], bool]:
         """What the stages do before block ``number``."""
         inside = self.inside
-        if inside.observe is not None and 0 < number <= inside.last_cut:
-            if number - 1 in inside.observed(inside.last_cut):
-                runs = [self._observe(number, run) for run in runs]
+        watched = inside.observe is not None and number <= inside.last_cut
+        if watched and number - 1 in inside.observed(inside.last_cut):
+            runs = [self._observe(number, run) for run in runs]
         if number == inside.first and not split:
             (whole,) = runs
             runs, split = self.split(whole), True

@@ -1,4 +1,4 @@
-"""Packed towers (Qwen2-VL, Qwen2.5-VL): one picture of a fixed grid, cells of 2 x 2 patches, windows where there are."""
+"""Packed towers (Qwen2-VL, Qwen2.5-VL): one picture of a fixed grid, cells of 2 x 2 patches, windows."""
 
 from __future__ import annotations
 
