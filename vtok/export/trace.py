@@ -99,6 +99,7 @@ def trace_decoder(model: Any) -> Program:
         [{0: opened, 2: opened} for _ in past],
     )
     exported = _trace(decoder, (embeds, mask, positions, past), shapes)
+    _widen(exported)
     layers = range(decoder.layers)
     return Program(
         "decoder",
@@ -106,6 +107,15 @@ def trace_decoder(model: Any) -> Program:
         ("inputs_embeds", "attention_mask", "position_ids", *_cache_names("past_key_values", layers)),
         ("logits", *_cache_names("present", layers)),
     )
+
+
+def _widen(exported: ExportedProgram) -> None:
+    """Sizes of 2 and more are let through from 0 on; that the mask's is the sum of two others made it 4, and a prompt
+    of two words would be refused."""
+    ranges = exported.range_constraints
+    least = min(ranges.values(), key=lambda found: found.lower)
+    for size in ranges:
+        ranges[size] = least
 
 
 def _cache_names(stem: str, layers: Sequence[int]) -> list[str]:
