@@ -83,7 +83,9 @@ def packages(*names: str) -> None:
 
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise VtokError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: pip install vtok[export]")
+        raise VtokError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: pip install vtok[export]"
+        )
 
 
 def translate(program: Program) -> Any:

@@ -43,8 +43,8 @@ def write(programs: Sequence[Program], folder: str | Path, precision: str = "fp3
     """
     if precision not in PRECISIONS:
         raise VtokError(
-            f"files of OpenVINO are written in {' or '.join(PRECISIONS)}, not in {precision}: it unpacks what ONNX Runtime "
-            "quantises, so int8 files are no smaller; take fp16, or export to onnx in int8"
+            f"files of OpenVINO are written in {' or '.join(PRECISIONS)}, not in {precision}: it unpacks what ONNX "
+            "Runtime quantises, so int8 files are no smaller; take fp16, or export to onnx in int8"
         )
     onnx.packages("openvino")
     import openvino

@@ -38,7 +38,8 @@ def write(programs: Sequence[Program], folder: str | Path, precision: str = "fp3
     """
     if precision not in PRECISIONS:
         raise VtokError(
-            f"torch.export programs are written in fp32, not in {precision}; export to onnx or openvino for smaller files"
+            f"torch.export programs are written in fp32, not in {precision}; export to onnx or openvino for smaller "
+            "files"
         )
     paths = []
     for program in programs:

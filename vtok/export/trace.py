@@ -1,7 +1,7 @@
 """The three graphs of a compressed model as programs of ``torch.export``; every file format is written from these.
 
-    programs = trace_all(model, vision_graph(model, example))
-    onnx.write(programs, folder, "fp32")
+programs = trace_all(model, vision_graph(model, example))
+onnx.write(programs, folder, "fp32")
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def _check(module: nn.Module) -> None:
     for weight in module.parameters():
         if weight.is_floating_point() and (weight.dtype != torch.float32 or weight.device.type != "cpu"):
             raise VtokError(
-                f"graphs are traced from fp32 weights on the CPU, and these are {weight.dtype} on {weight.device}; load "
-                "the model with dtype=torch.float32 (the files' precision is chosen apart from it)"
+                f"graphs are traced from fp32 weights on the CPU, and these are {weight.dtype} on {weight.device}; "
+                "load the model with dtype=torch.float32 (the files' precision is chosen apart from it)"
             )
 
 

@@ -1,10 +1,10 @@
 """Exported models that answer: the same calls on ONNX Runtime, OpenVINO and torch.export programs.
 
-    from vtok.export.runtime import open_exported
+from vtok.export.runtime import open_exported
 
-    model = open_exported(folder)  # OnnxVLM, OpenVinoVLM or Pt2VLM, by the folder's manifest
-    model.generate(picture, "What is in the picture?")  # str
-    found = model.generate_ids(processor_output, 16)  # tokens (B, T), kept[sample][image], logits (B, V)
+model = open_exported(folder)  # OnnxVLM, OpenVinoVLM or Pt2VLM, by the folder's manifest
+model.generate(picture, "What is in the picture?")  # str
+found = model.generate_ids(processor_output, 16)  # tokens (B, T), kept[sample][image], logits (B, V)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vtok.export.runtime.base import ExportedVLM, Generated
 
 _CLASSES = {"OnnxVLM": "onnx", "OpenVinoVLM": "openvino", "Pt2VLM": "pt2"}
 
-__all__ = ["ExportedVLM", "Generated", "OnnxVLM", "OpenVinoVLM", "Pt2VLM", "open_exported"]  # noqa: F822
+__all__ = ["ExportedVLM", "Generated", "OnnxVLM", "OpenVinoVLM", "Pt2VLM", "open_exported"]
 
 
 def open_exported(folder: str | Path, **options: Any) -> ExportedVLM:

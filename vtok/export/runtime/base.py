@@ -253,7 +253,9 @@ class ExportedVLM(ABC):
         ids = np.asarray(inputs["input_ids"])
         if streamer is not None:
             if len(ids) != 1:
-                raise VtokError(f"a streamer takes one prompt at a time and there are {len(ids)}; call generate for each")
+                raise VtokError(
+                    f"a streamer takes one prompt at a time and there are {len(ids)}; call generate for each"
+                )
             streamer.put(ids)
         start = time.perf_counter()
         begun = self._prefill(inputs)
@@ -287,9 +289,7 @@ class ExportedVLM(ABC):
         logits, cache = self.decode(embeds, prompt.mask, prompt.positions, None)
         return Begun(prompt, logits, cache, encoded)
 
-    def _steps(
-        self, begun: Begun, max_new_tokens: int, sampler: Sampler
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _steps(self, begun: Begun, max_new_tokens: int, sampler: Sampler) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens (B,) and the logits (B, V) that they were chosen by, one after the other."""
         if max_new_tokens < 1:
             raise VtokError(f"max_new_tokens={max_new_tokens}: give at least 1")
@@ -318,4 +318,3 @@ class Begun:
     logits: np.ndarray
     cache: Any
     encoded: float
-
