@@ -75,11 +75,11 @@ class Settings:
                 f"{folder} was exported to {note.target}, not to {target}; open it with "
                 f"{_OPENERS.get(note.target, 'the runtime of that format')}"
             )
-        return cls.of(FixedPlan.from_json(note.plan), _json(folder / "config.json"), _generation(folder))
+        return cls.of(FixedPlan.from_json(note.plan), _config(folder), _generation(folder))
 
     @classmethod
     def of(cls, plan: FixedPlan, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Settings:
-        """From the plan, and the model's config and generation config as dictionaries."""
+        """From the plan, and the model's whole config and its generation config as dictionaries."""
         text, vision = config["text_config"], config["vision_config"]
         ends = (generation or text).get("eos_token_id")
         ends = frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -109,6 +109,16 @@ _OPENERS = {
     "openvino": "vtok.export.runtime.OpenVinoVLM",
     "pt2": "vtok.export.runtime.Pt2VLM",
 }
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The model's config with its defaults, which ``config.json`` leaves out."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise VtokError(f"{folder / 'config.json'} cannot be read ({error}); export the model again") from error
 
 
 def _generation(folder: Path) -> dict[str, Any]:
