@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,16 @@ def processing_info(ctx: Any) -> Any:
     return info
 
 
+@contextmanager
+def _every_block(config: Any) -> Iterator[None]:
+    """vLLM leaves out the blocks behind the feature layer, and the class token is asked at the last one."""
+    layer, config.vision_feature_layer = config.vision_feature_layer, -1
+    try:
+        yield
+    finally:
+        config.vision_feature_layer = layer
+
+
 class DenseMixin:
     """What the LLaVA families share: the engine on a dense tower."""
 
@@ -52,37 +63,33 @@ class DenseMixin:
     hf_to_vllm_mapper: Any
     compression: Compression | None
 
-    def _compress(self, vllm_config: Any, prefix: str) -> None:
-        if self.config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
-            self.hf_to_vllm_mapper = self.hf_to_vllm_mapper | NAMES
-        self.compression = compression = compression_of(vllm_config.model_config, fresh=True)
-        self._whole_tower = False
-        if compression is None:
-            return
-        if compression.inside:
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        compression = compression_of(vllm_config.model_config, fresh=True)
+        if vllm_config.model_config.multimodal_config.get_limit_per_prompt("image") == 0:
+            compression = None  # there is no tower
+        if compression is not None and compression.inside:
             refuse_split_heads(compression.name, vllm_config)
-        depth = self.config.vision_config.num_hidden_layers
+        depth = config.vision_config.num_hidden_layers
+        behind = compression is not None and compression.looks_at_last
+        self._whole_tower = behind and library._get_num_hidden_layers(config) < depth
+        with _every_block(config) if self._whole_tower else nullcontext():
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        if config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
+            self.hf_to_vllm_mapper = self.hf_to_vllm_mapper | NAMES
+        self.compression = None
+        if compression is not None:
+            self.attach_compression(compression)
+
+    def attach_compression(self, compression: Compression) -> None:
+        """Compress from now on."""
         feature_layer = library._get_num_hidden_layers(self.config) - 1
-        if compression.looks_at_last and feature_layer < depth - 1:
-            self._build_whole_tower(vllm_config, prefix)
         watcher: Any = WatchedTower if compression.looks_at_last else None
         if any(stage.site == "encoder" for stage in compression.session.stages):
             watcher = CutTower
         tower = dense_tower(self.vision_tower, feature_layer, self.multi_modal_projector)
         compression.attach(tower, watcher)
-
-    def _build_whole_tower(self, vllm_config: Any, prefix: str) -> None:
-        """vLLM leaves out the blocks behind the feature layer; the class token is asked at the last one."""
-        config = copy.copy(self.config)
-        config.vision_feature_layer = -1
-        with self._mark_tower_model(vllm_config, "image"):  # type: ignore[attr-defined]
-            self.vision_tower = library.init_vision_tower_for_llava(
-                config,
-                quant_config=vllm_config.quant_config,
-                require_post_norm=False,
-                prefix=library.maybe_prefix(prefix, "vision_tower"),
-            )
-        self._whole_tower = True
+        self.compression = compression
 
     def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
         if not self._whole_tower:
@@ -101,10 +108,6 @@ class DenseMixin:
 )
 class CompressedLlava(DenseMixin, library.LlavaForConditionalGeneration):
     """vLLM's LLaVA; with settings, every picture becomes as many tokens as the budget says."""
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._compress(vllm_config, prefix)
 
     @torch.no_grad()
     def _process_image_input(self, image_input: Any) -> Any:

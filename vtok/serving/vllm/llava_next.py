@@ -36,10 +36,6 @@ class CompressedInfo(library.LlavaNextProcessingInfo):
 class CompressedLlavaNext(DenseMixin, library.LlavaNextForConditionalGeneration):
     """vLLM's LLaVA-NeXT; with settings, every picture becomes as many tokens as the budget says."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._compress(vllm_config, prefix)
-
     @torch.no_grad()
     def _process_image_input(self, image_input: Any) -> Any:
         compression = self.compression

@@ -22,16 +22,11 @@ BASE = 128
 
 
 class Run(NamedTuple):
-    """Placeholders of one picture or video in a prompt: first column, how many, and its positions where it is whole.
-
-    ``extent`` is how far the text behind it moves on; ``grid`` (3, length) holds positions of a whole medium, ``None``
-    where survivors bring their own.
-    """
+    """Placeholders of one picture or video in a prompt: first column, how many, and how many positions it takes."""
 
     offset: int
     length: int
     extent: int
-    grid: Tensor | None = None
 
 
 def grid_positions(frames: int, rows: int, columns: int, step: float = 1.0) -> Tensor:
@@ -46,7 +41,7 @@ def grid_positions(frames: int, rows: int, columns: int, step: float = 1.0) -> T
 def prompt_positions(length: int, runs: Sequence[Run]) -> tuple[Tensor, int]:
     """Positions (3, length) of a prompt, and what the number of a further token adds to the prompt's length.
 
-    Survivors without a grid stand at their picture's first position until ``place`` moves them.
+    Survivors stand at their picture's first position until ``place`` moves them.
     """
     positions = torch.zeros(3, length, dtype=torch.long)
     column, start = 0, 0
@@ -54,7 +49,7 @@ def prompt_positions(length: int, runs: Sequence[Run]) -> tuple[Tensor, int]:
         text = run.offset - column
         positions[:, column : run.offset] = torch.arange(start, start + text)
         start += text
-        positions[:, run.offset : run.offset + run.length] = start if run.grid is None else run.grid + start
+        positions[:, run.offset : run.offset + run.length] = start
         column, start = run.offset + run.length, start + run.extent
     positions[:, column:] = torch.arange(start, start + length - column)
     return positions, start - column

@@ -71,6 +71,8 @@ class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):  # noqa:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         compression = compression_of(vllm_config.model_config, fresh=True)
+        if vllm_config.model_config.multimodal_config.get_limit_per_prompt("image") == 0:
+            compression = None  # there may be no tower
         if compression is not None:
             if compression.inside:
                 raise VtokError(
@@ -78,8 +80,14 @@ class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):  # noqa:
                     "alone; take a method behind the tower, such as divprune"
                 )
             vllm_config.model_config.multimodal_config.video_pruning_rate = ON
+            if vllm_config.parallel_config.pipeline_parallel_size > 1:
+                raise VtokError(
+                    "positions of Qwen's surviving tokens are known to the first pipeline stage alone; scale out with "
+                    "--tensor-parallel-size or --data-parallel-size"
+                )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.compression = compression
+        self._moves: tuple[Tensor, Tensor] | None = None
         if compression is not None:
             own: Tower = compression.adapter.tower
             compression.attach(Tower(self.visual, list(self.visual.blocks), own.blocks, packed=True, unit=own.unit), None)
@@ -135,11 +143,10 @@ class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):  # noqa:
         if self.compression is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)
         lengths = {feature.mm_position.offset: feature.mm_position.length for feature in mm_features}
-        runs = []
-        for offset, frames, rows, columns, step in self.iter_mm_grid_thw(mm_features):
-            grid = positions.grid_positions(frames, rows, columns, step)
-            whole = lengths[offset] == grid.shape[1]
-            runs.append(positions.Run(offset, lengths[offset], int(grid.max()) + 1, grid if whole else None))
+        runs = [
+            positions.Run(offset, lengths[offset], max(int((frames - 1) * step), rows - 1, columns - 1) + 1)
+            for offset, frames, rows, columns, step in self.iter_mm_grid_thw(mm_features)
+        ]
         return positions.prompt_positions(len(input_tokens), runs)
 
     def recompute_mrope_positions(
@@ -152,3 +159,28 @@ class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):  # noqa:
         ids = torch.as_tensor(input_ids, device=mrope_positions.device)
         columns = ((ids == self.config.image_token_id) | (ids == self.config.video_token_id)).nonzero().flatten()
         return positions.place(columns, multimodal_embeddings, mrope_positions, num_computed_tokens)
+
+    # vLLM 0.32's CPU runner leaves the pruning interface out: then the channels arrive here, and the survivors, which
+    # all stand at their picture's first position, are moved on the way to the language model
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
+    ) -> Tensor:
+        width = self.config.text_config.hidden_size
+        self._moves = None
+        if self.compression is not None and multimodal_embeddings and multimodal_embeddings[0].shape[1] > width:
+            rows = [positions.unpack(packed) for packed in multimodal_embeddings]
+            multimodal_embeddings = [features for features, _, _ in rows]
+            assert is_multimodal is not None
+            self._moves = is_multimodal.nonzero().flatten(), torch.cat([relative for _, _, relative in rows], 1)
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
+    def forward(
+        self, input_ids: Any, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None, **more: Any
+    ) -> Any:
+        moves, self._moves = self._moves, None
+        if moves is not None:
+            where, relative = moves
+            positions = positions.clone()
+            positions[:3, where.to(positions.device)] += relative.to(positions)
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
