@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.vision_utils import get_vision_position_ids
 
 import vtok_kernels as kernels
@@ -46,7 +47,10 @@ class PackedGraph(PackedFusing, VisionGraph):
 
     def encode(self, pixel_values: Tensor) -> Tokens:
         spec = self.spec
-        x = self.tower.patch_embed(pixel_values.flatten(0, 1)).unflatten(0, (-1, pixel_values.shape[1]))
+        # a convolution whose stride is its kernel is a product of matrices; as Conv, torch 2.15 gives it a bias of the
+        # wrong shape in ONNX, which ONNX Runtime refuses
+        embed = self.tower.patch_embed.proj
+        x = F.linear(pixel_values.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias)
         x = x.unflatten(1, (-1, self.unit))[:, self.order].flatten(1, 2)
         everything = torch.arange(self.medium.length, device=x.device).expand(x.shape[0], -1)
         cells = Cells(x, everything, self.unit, self.target, self.window_lengths)
