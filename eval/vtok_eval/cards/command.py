@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -124,7 +124,7 @@ def _measured(run: Run, name: str) -> Run:
     return run
 
 
-def _licence(name: str, licence: str | None) -> dict[str, str]:
+def _licence(name: str, licence: str | None) -> dict[str, Any]:
     from vtok_eval.models import MODELS
     from vtok_eval.models.card import LICENCES
 

@@ -76,7 +76,7 @@ def _done(one: Mapping[str, Any]) -> list[str]:
 
 
 def _use(facts: Facts) -> list[str]:
-    found = []
+    found: list[str] = []
     for export in {export["target"]: export for export in reversed(facts.exports)}.values():
         found.insert(0, f"```python\n{LOAD[export['target']].format(folder=export['folder'])}\n```")
         if export["target"] == "hf":
