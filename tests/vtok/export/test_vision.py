@@ -174,11 +174,10 @@ def test_the_model_is_left_as_it_was() -> None:
     assert graph(example["pixel_values"])[0].shape == (1, 19, 64)
 
 
-EXPORTED = [("llava", method) for method in METHODS] + [
-    (family, method)
-    for family in ("llava_next", "qwen2_5_vl")
-    for method in ("divprune", "todre", "flowcut", "visionzip", "tome", "mctf", "flextok")
-]
+EXPORTED = [("llava", method) for method in METHODS]
+EXPORTED += [("llava_next", method) for method in ("flowcut", "visionzip", "mctf")]
+EXPORTED += [("qwen2_5_vl", method) for method in ("divprune", "flowcut", "visionzip", "mctf")]
+"""An export costs ten seconds of a CPU and more: every method once, and what each family does by itself."""
 
 
 @pytest.mark.parametrize(("family", "method"), EXPORTED)
@@ -188,7 +187,7 @@ def test_programs_and_onnx_runtime(family: str, method: str, tmp_path: Path) -> 
     model = model_of(family, 6 if method == "flowcut" else 4)
     example = pictures(family, model, 3)
     given = pixels(family, example, 3)
-    with vtok.compressed(model, method, keep=0.1, **EARLY.get(method, {})):
+    with vtok.compressed(model, method, keep=0.3 if method in ("tome", "mctf") else 0.1, **EARLY.get(method, {})):
         graph = vision_graph(model, pictures(family, model, 1))
     features, kept = graph(given)
     open_batch = ({0: torch.export.Dim("batch", min=1)},)
