@@ -36,9 +36,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one request: ``first`` and ``total`` seconds to the first and last token, ``error`` or empty."""
+    """What came of one request: ``first`` and ``total`` seconds to the first and last token, ``error`` or empty;
+    ``tokens`` where ``return_token_ids=True`` asked for them."""
 
     text: str = ""
+    tokens: tuple[int, ...] = ()
     prompt_tokens: int = 0
     new_tokens: int = 0
     first: float = 0.0
@@ -134,6 +136,7 @@ def chat(
     start = time.perf_counter()
     connection = http.client.HTTPConnection(HOST, port, timeout=timeout)
     text, first, usage = "", 0.0, {}
+    tokens: list[int] = []
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -149,6 +152,7 @@ def chat(
             for choice in event["choices"]:
                 first = first or time.perf_counter() - start
                 text += choice["delta"].get("content") or ""
+                tokens += choice.get("token_ids") or []
     except (OSError, http.client.HTTPException, ValueError) as error:
         return Reply(error=f"{type(error).__name__}: {error}")
     finally:
@@ -156,4 +160,4 @@ def chat(
     if not usage:
         return Reply(error="the stream ended without a usage record")
     total = time.perf_counter() - start
-    return Reply(text, usage["prompt_tokens"], usage["completion_tokens"], first or total, total)
+    return Reply(text, tuple(tokens), usage["prompt_tokens"], usage["completion_tokens"], first or total, total)
