@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -44,9 +45,7 @@ def test_tokens_are_those_that_transformers_keeps(family, method):
     for keep in (0.3, 0.5):
         served = compression(model, method, keep)
         packed = served.session.shape.packed
-        vtok.compress(
-            model, method, keep=keep, positions="keep" if packed else "reindex", **OPTIONS.get(method, {})
-        )
+        vtok.compress(model, method, keep=keep, positions="keep" if packed else "reindex", **OPTIONS.get(method, {}))
         for segment in SIZES if family != "llava" else SIZES[:1]:
             batch = inputs(family, model, [[4, segment, 3]])
             with torch.no_grad():
@@ -57,7 +56,7 @@ def test_tokens_are_those_that_transformers_keeps(family, method):
         served.attach(model_tower(vtok.restore(model)), watcher)
         call = {**call_of(family, batch), "pixel_values": batch["pixel_values"]}
         with torch.no_grad():
-            ((rows, tokens),) = served.encode("image", call, lambda: features_of(model, batch))
+            ((rows, tokens),) = served.encode("image", call, partial(features_of, model, batch))
         served.session.remove()
         assert tokens.tolist() == report.kept[0][0].tolist()
         assert rows.shape == (len(tokens), model.config.text_config.hidden_size)
@@ -82,7 +81,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("method", "options", "words"), REFUSED)
 def test_refusals(method, options, words):
-    model = build("llava", layers=8)
+    model = build("llava", layers=16)
     model.config.architectures = [type(model).__name__]
     settings = {"method": method, "keep": 40, "options": options}
     with pytest.raises(vtok.VtokError, match=words):

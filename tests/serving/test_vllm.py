@@ -18,7 +18,7 @@ from tests.serving import nano
 
 pytest.importorskip("vllm")
 
-from vtok.serving.vllm.server import chat, message, serve  # noqa: E402
+from vtok.serving.vllm.server import chat, message, serve
 
 ARGUMENTS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16"]
 TEXTS = ("what is in the picture", "how many red circle are there", "left of the blue square", "a b c")

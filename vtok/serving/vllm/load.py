@@ -31,7 +31,9 @@ from vtok.cli import Single
 from vtok.errors import VtokError
 from vtok.serving.vllm.server import Reply, chat, message, serve
 
-WORDS = "what is in the picture and how many red or blue things are left of it".split()
+#: columns that the table takes, also where the output is no terminal
+WIDTH = 100
+WORDS = ("what", "is", "in", "the", "picture", "how", "many", "red", "or", "blue", "things", "left", "of", "it")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Row:
     prompt_tokens: float
 
 
-def requests(count: int, text_share: float, size: tuple[int, int], seed: int) -> list[tuple[list[dict[str, Any]], bool]]:
+def requests(
+    count: int, text_share: float, size: tuple[int, int], seed: int
+) -> list[tuple[list[dict[str, Any]], bool]]:
     """Chats, and whether each has a picture. Every picture is another one, so that no cache answers for the tower."""
     draw = random.Random(seed)
     made = []
@@ -61,7 +65,9 @@ def requests(count: int, text_share: float, size: tuple[int, int], seed: int) ->
     return made
 
 
-def ask(port: int, chats: Sequence[list[dict[str, Any]]], concurrency: int, new_tokens: int) -> tuple[float, list[Reply]]:
+def ask(
+    port: int, chats: Sequence[list[dict[str, Any]]], concurrency: int, new_tokens: int
+) -> tuple[float, list[Reply]]:
     """Wall seconds and replies of all chats, ``concurrency`` at a time."""
     start = time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:
@@ -90,7 +96,7 @@ def command(
     model: Annotated[Path, typer.Argument(help="Folder with a model and its processor.")],
     method: Annotated[str, typer.Option(help="What compresses it.")] = "divprune",
     keep: Annotated[str, typer.Option(help="Visual tokens per image, such as 64, or a share, such as 0.25.")] = "64",
-    options: Annotated[str, typer.Option(help='The method\'s options as JSON, such as \'{"llm_layer": null}\'.')] = "{}",
+    options: Annotated[str, typer.Option(help="The method's options as JSON, such as '{\"llm_layer\": null}'.")] = "{}",
     concurrency: Annotated[str, typer.Option(help="Requests at a time, with commas between.")] = "1,8,16",
     count: Annotated[int, typer.Option("--requests", help="Requests of a round for each of them.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 1,
@@ -129,7 +135,12 @@ def command(
                     found[name, level] = (before[0] + seconds, before[1] + replies, before[2] + list(pictured))
     rows = [row(name, level, *found[name, level]) for level in levels for name in servers]
     errors = sorted({reply.error for _, replies, _ in found.values() for reply in replies if reply.error})
-    result = {"model": model.name, "settings": settings, "machine": machine(torch.device("cpu")), "rows": [asdict(r) for r in rows]}
+    result = {
+        "model": model.name,
+        "settings": settings,
+        "machine": machine(torch.device("cpu")),
+        "rows": [asdict(r) for r in rows],
+    }
     result |= {"new_tokens": new_tokens, "text_share": text_share, "picture": size, "rounds": rounds, "errors": errors}
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -157,7 +168,7 @@ def show(rows: Sequence[Row]) -> None:
             f"{r.prompt_tokens:.0f}",
             f"{r.failed}",
         )
-    Console().print(table)
+    Console(width=WIDTH).print(table)
 
 
 if __name__ == "__main__":

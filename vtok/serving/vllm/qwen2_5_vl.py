@@ -64,7 +64,7 @@ class CompressedProcessor(library.Qwen2_5_VLMultiModalProcessor):
     info=CompressedInfo,
     dummy_inputs=library.Qwen2_5_VLDummyInputsBuilder,
 )
-class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):  # noqa: N801 (vLLM's name of the family)
+class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):
     """vLLM's Qwen2.5-VL; with settings, every picture becomes as many tokens as the budget says."""
 
     compression: Compression | None
@@ -76,8 +76,8 @@ class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):  # noqa:
         if compression is not None:
             if compression.inside:
                 raise VtokError(
-                    f"{compression.name} acts inside the vision tower, which vtok does on vLLM's CLIP and SigLIP towers "
-                    "alone; take a method behind the tower, such as divprune"
+                    f"{compression.name} acts inside the vision tower, which vtok does on vLLM's CLIP and SigLIP "
+                    "towers alone; take a method behind the tower, such as divprune"
                 )
             vllm_config.model_config.multimodal_config.video_pruning_rate = ON
             if vllm_config.parallel_config.pipeline_parallel_size > 1:
@@ -90,7 +90,9 @@ class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):  # noqa:
         self._moves: tuple[Tensor, Tensor] | None = None
         if compression is not None:
             own: Tower = compression.adapter.tower
-            compression.attach(Tower(self.visual, list(self.visual.blocks), own.blocks, packed=True, unit=own.unit), None)
+            compression.attach(
+                Tower(self.visual, list(self.visual.blocks), own.blocks, packed=True, unit=own.unit), None
+            )
 
     # -- pictures -----------------------------------------------------------------------------------------------
 
@@ -107,9 +109,7 @@ class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):  # noqa:
         side = self.visual.spatial_merge_size
         return tuple(
             positions.pack(rows, positions.grid_positions(1, height // side, width // side)[:, tokens.cpu()])
-            for (rows, tokens), (_, height, width) in zip(
-                checked(kept, counts, compression.name), grids, strict=True
-            )
+            for (rows, tokens), (_, height, width) in zip(checked(kept, counts, compression.name), grids, strict=True)
         )
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:
@@ -176,7 +176,12 @@ class CompressedQwen2_5_VL(library.Qwen2_5_VLForConditionalGeneration):  # noqa:
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(
-        self, input_ids: Any, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None, **more: Any
+        self,
+        input_ids: Any,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Any = None,
+        **more: Any,
     ) -> Any:
         moves, self._moves = self._moves, None
         if moves is not None:

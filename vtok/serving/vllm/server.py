@@ -135,8 +135,9 @@ def chat(
     body |= {"stream_options": {"include_usage": True}, **more}
     start = time.perf_counter()
     connection = http.client.HTTPConnection(HOST, port, timeout=timeout)
-    text, first, usage = "", 0.0, {}
+    text, first = "", 0.0
     tokens: list[int] = []
+    usage: dict[str, int] = {}
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
