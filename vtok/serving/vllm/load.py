@@ -135,7 +135,7 @@ def command(
                     found[name, level] = (before[0] + seconds, before[1] + replies, before[2] + list(pictured))
     rows = [row(name, level, *found[name, level]) for level in levels for name in servers]
     errors = sorted({reply.error for _, replies, _ in found.values() for reply in replies if reply.error})
-    result = {
+    result: dict[str, Any] = {
         "model": model.name,
         "settings": settings,
         "machine": machine(torch.device("cpu")),
