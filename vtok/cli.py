@@ -23,7 +23,9 @@ from vtok.errors import VtokError
 #: asked for, absent while the module is
 ELSEWHERE = {
     "bench": "vtok.bench.app:app",
+    "card": "vtok_eval.cards:command",
     "eval": "vtok_eval.harness:command",
+    "export": "vtok.export.command:command",
     "tokenizer": "vtok.tokenizers.app:app",
     "tune": "vtok_eval.tune:command",
 }

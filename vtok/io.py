@@ -20,6 +20,8 @@ logger = logging.getLogger("vtok")
 
 CONFIG = "vtok_config.json"
 FORMAT = 1
+#: module that ``vtok export --to hf`` puts beside the weights, for transformers' auto classes
+SHIM = "modeling_vtok"
 
 
 def save(model: nn.Module, folder: str | Path, *, weights: bool = True) -> Path:
@@ -59,7 +61,7 @@ def save(model: nn.Module, folder: str | Path, *, weights: bool = True) -> Path:
     config["methods"] = [_written(method.stored(folder)) for method in session.methods]
     text = json.dumps(config, indent=2) + "\n"
     if weights:
-        _plain_saver(session, model)(folder)
+        plain_saver(session, model)(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG
     path.write_text(text, encoding="utf-8")
@@ -90,7 +92,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, **kw: Any) -> An
     """
     folder = Path(folder)
     config = read_config(folder)
-    methods = [_read(entry, folder) for entry in config["methods"]]
+    methods = [read_method(entry, folder) for entry in config["methods"]]
     if model is None:
         model = plain(folder, **kw)
     elif kw:
@@ -125,10 +127,18 @@ def plain(folder: str | Path, **kw: Any) -> Any:
         auto: Any = transformers.AutoModelForImageTextToText
         # a bare tower or a base model without head has a class of its own, which the auto class would dress up
         cls = auto if named.endswith("ForConditionalGeneration") else getattr(transformers, named, auto)
-        return cls.from_pretrained(folder, **kw).eval()
+        return _unmarked(cls.from_pretrained(folder, **kw).eval())
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise VtokError(f"transformers cannot load the model in {folder}: {reason}") from error
+
+
+def _unmarked(model: Any) -> Any:
+    """Without the config's pointer to the shim, which a later ``save_pretrained`` would not write beside it."""
+    named = getattr(model.config, "auto_map", None)
+    if isinstance(named, dict) and all(str(name).rpartition("--")[2].startswith(f"{SHIM}.") for name in named.values()):
+        del model.config.auto_map
+    return model
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -175,7 +185,7 @@ def _version() -> str:
     return vtok.__version__
 
 
-def _plain_saver(session: Any, model: Any) -> Any:
+def plain_saver(session: Any, model: Any) -> Any:
     """``save_pretrained`` as it was before ``compress`` put its warning around it."""
     if not hasattr(model, "save_pretrained"):
         raise VtokError(
@@ -210,7 +220,14 @@ def _written(method: Method) -> dict[str, Any]:
     return {"name": name, "options": options}
 
 
-def _read(entry: Any, folder: Path) -> Method:
+def read_method(entry: Any, folder: Path) -> Method:
+    """One method of a ``vtok_config.json``, with its files in ``folder``.
+
+    Raises
+    ------
+    VtokError
+        No name, a method that is not registered here, or options that it does not know.
+    """
     name, options = (entry.get("name"), entry.get("options", {})) if isinstance(entry, Mapping) else (None, None)
     if not isinstance(name, str) or not isinstance(options, Mapping):
         raise VtokError(f"{folder / CONFIG} has a method without a name; save the model again with vtok.save")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 import vtok_kernels as kernels
@@ -30,6 +31,7 @@ class Method:
         reads: what the engine must record for the views (see ``vtok.view.Stage``).
         positions: the authors' position policy on families that allow both.
         whole: it reads whole pictures, so no method may thin them before it.
+        blind: its choice follows from layout and seed alone, and what it merges are fixed averages.
         newlines: the tower site's rule for newline tokens of tiled images: ``"drop"`` or ``"keep"``.
         presets: published budgets and settings by name.
         refusals: family -> reason, where the method cannot serve a family.
@@ -43,6 +45,7 @@ class Method:
     reads: ClassVar[frozenset[str]] = frozenset()
     positions: ClassVar[str] = "keep"
     whole: ClassVar[bool] = False
+    blind: ClassVar[bool] = False
     newlines: ClassVar[str] = "drop"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     refusals: ClassVar[Mapping[str, str]] = {}
@@ -83,6 +86,25 @@ class Method:
     def automatic(self) -> tuple[Method, int | float] | None:
         """For ``keep="auto"``: the method as it then acts, and the most it may keep. ``None``: it has no such mode."""
         return None
+
+    def fixed(self, view: Any, count: int) -> tuple[Tensor, Callable[[Tensor], Tensor] | None] | None:
+        """For exported graphs: a choice that does not depend on the picture. ``None``: it does.
+
+        Returns:
+            (count,) positions that stay, ascending, the same for every span of the view's layout, and what makes
+            tokens (G, count, D) of the view's features (``None``: they stay as they are).
+        """
+        if not self.blind:
+            return None
+        # the rows of an identity matrix come out as the shares of each token
+        probe = torch.eye(view.size, device=view.features.device)[None]
+        answer = self.select(dataclasses.replace(view, features=probe, tokens=view.tokens[:1], places=(0,)), count)
+        if isinstance(answer, Tensor):
+            return answer[0], None
+        shares = answer.features
+        if shares is None:
+            return answer.indices[0], None
+        return answer.indices[0], lambda features: (shares @ features.to(shares.dtype)).to(features.dtype)
 
     def stored(self, folder: Path) -> Method:
         """The method as ``vtok.save`` writes it down; what its options cannot hold (trained weights) goes into files in

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vtok.protocol import Part
 
@@ -95,6 +96,8 @@ class TowerView(View):
         target: tokens that must be left when the tower ends.
         unit: patches per cell; ``features`` and scores of a packed tower are per patch, cuts per cell.
         received: (G, prefix + n) attention each token receives over all heads and queries, for fusions that ask.
+        standing: (G, n) bool: in exported graphs, dropped tokens may hold their places until the number that is left is
+            the same for all pictures; they neither attend nor count. ``None``: all stand.
     """
 
     q: Tensor | None = None
@@ -109,6 +112,14 @@ class TowerView(View):
     sizes: Tensor | None = None
     prefix_features: Tensor | None = None
     received: Tensor | None = None
+    standing: Tensor | None = None
+
+    def attended(self) -> Tensor | None:
+        """(G, 1, prefix + patches) bool: which keys stand, as a mask of attention rows; ``None``: all."""
+        if self.standing is None:
+            return None
+        patches = self.standing.repeat_interleave(self.unit, 1) if self.unit > 1 else self.standing
+        return F.pad(patches, (self.prefix, 0), value=True)[:, None]
 
     def per_cell(self, scores: Tensor) -> Tensor:
         """Mean of per-patch scores (G, cells * unit) over each cell: (G, cells)."""

@@ -3,11 +3,13 @@
 Batched on the leading axis; scores in fp32 (float64 stays); lower index first among equals; no host synchronisation.
 """
 
+from . import _portable  # noqa: F401
 from . import cuda as _cuda  # noqa: F401
 from . import fused as _fused  # noqa: F401
 from . import ops as _ops  # noqa: F401
+from ._common import ranking
 from .attention import attention_rows, received_attention, value_similarity
-from .backend import available, get, register, use
+from .backend import available, get, portable, register, use
 from .compact import compact, gather_tokens, left_compact, scatter_tokens
 from .greedy import dpp_map, farthest_first, max_sum
 from .match import (
@@ -48,7 +50,9 @@ __all__ = [
     "merge_sum",
     "merge_tokens",
     "packed_attention",
+    "portable",
     "random",
+    "ranking",
     "received_attention",
     "register",
     "scatter_tokens",

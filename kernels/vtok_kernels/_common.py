@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .backend import portable_asked
+
 
 def score_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, else float32: ties and sums of half-precision scores are not to be trusted."""
@@ -22,7 +24,20 @@ def ranking(values: Tensor) -> Tensor:
     """
     if values.is_floating_point():
         values = values.to(score_dtype(values)) + 0.0
+    if portable_asked():
+        return _counted(values)
     return torch.sort(values, dim=1, descending=True, stable=True).indices
+
+
+def _counted(values: Tensor) -> Tensor:
+    """The same by counting who comes before whom: exporters know no stable sort, and the others break ties as they
+    like (torch's on CPUs does). N x N comparisons."""
+    values = values if values.is_floating_point() else values.to(torch.int32)
+    own, other = values[:, :, None], values[:, None]
+    place = torch.arange(values.shape[1], device=values.device)
+    before = (other > own) | ((other == own) & (place < place[:, None]))
+    rank = before.sum(2)
+    return torch.zeros_like(rank).scatter(1, rank, place.expand(rank.shape))
 
 
 def check_count(k: int, n: int) -> None:

@@ -29,7 +29,9 @@ FORCED = ("reference", "triton", "cuda")
 
 _OPERATORS: dict[str, dict[str, _Implementation]] = {}
 _TRACED: dict[str, Callable] = {}
+_PORTABLE: dict[str, Callable] = {}
 _requested: ContextVar[str | None] = ContextVar("vtok_kernels_backend", default=None)
+_exporting: ContextVar[bool] = ContextVar("vtok_kernels_portable", default=False)
 
 
 def register(name: str, backend: str, *, devices: tuple[str, ...] | None = None, priority: int = 1) -> Callable:
@@ -100,6 +102,27 @@ def use(backend: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+@contextmanager
+def portable() -> Iterator[None]:
+    """Within the context, operators are plain torch that an exported graph can hold, in this thread: no loop over the
+    batch (whose size is open), no custom operator. Same results up to rounding (see `vtok_kernels._portable`)."""
+    token = _exporting.set(True)
+    try:
+        yield
+    finally:
+        _exporting.reset(token)
+
+
+def portable_form(name: str) -> Callable:
+    """Decorator: the form of operator `name` that `portable` takes where its reference cannot be exported."""
+
+    def keep(function: Callable) -> Callable:
+        _PORTABLE[name] = function
+        return function
+
+    return keep
+
+
 def trace(name: str, function: Callable) -> None:
     """While torch.compile or torch.export look on, `function` stands for operator `name` (see `ops`)."""
     _TRACED[name] = function
@@ -111,12 +134,20 @@ def _plain_asked() -> bool:
     return (_requested.get() or _forced()) == "reference"
 
 
+@torch.compiler.assume_constant_result
+def portable_asked() -> bool:
+    """Whether a graph is being exported. Not guarded either."""
+    return _exporting.get()
+
+
 def operator(reference: Callable[P, R]) -> Callable[P, R]:
     """Register `reference` under its name and return the public function, which dispatches on its first argument."""
     name, first = reference.__name__, next(iter(inspect.signature(reference).parameters))
 
     @functools.wraps(reference)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        if portable_asked():
+            return _PORTABLE.get(name, reference)(*args, **kwargs)
         if torch.compiler.is_compiling():
             function = reference if _plain_asked() else _TRACED.get(name, reference)
             return function(*args, **kwargs)

@@ -62,12 +62,7 @@ class DenseFusing:
             view = self._fusion_view(number, x, state, count, target, rows)
             plan = stage.fuse.match(view, max(0, r))
             if len(later) == 1 and plan.n_out - prefix > target:
-                least = -(-state.total // 2 ** len(self.fusions))
-                raise VtokError(
-                    f"{self.session.name} merges in {len(self.fusions)} blocks, each at most halving, so it cannot "
-                    f"leave {target} of {state.total} tokens of a tile; ask for at least {least}, or give it more "
-                    "layers="
-                )
+                raise self.unreachable(target, state.total)
             sizes = torch.cat((torch.ones(len(rows), prefix, device=x.device), state.sizes[rows][:, :count]), 1)
             weights = sizes if stage.fuse.weights is None else stage.fuse.weights(view)
             (merged,), (summed,) = plan.pour([view.features], [sizes], weights.to(view.features.dtype))
@@ -77,6 +72,14 @@ class DenseFusing:
                 fused = kernels.merge_attention(plan, own, weights)
             parts[rows[0]] = (rows, plan, merged, summed, fused)
         return self._rebuild(number, x, state, parts, attention)
+
+    def unreachable(self, target: int, total: int) -> VtokError:
+        """The refusal of a budget that so few merges do not reach."""
+        least = -(-total // 2 ** len(self.fusions))
+        return VtokError(
+            f"{self.session.name} merges in {len(self.fusions)} blocks, each at most halving, so it cannot leave "
+            f"{target} of {total} tokens of a tile; ask for at least {least}, or give it more layers="
+        )
 
     def _rebuild(
         self, number: int, x: Tensor, state: TileState, parts: dict[int, tuple], attention: Tensor | None

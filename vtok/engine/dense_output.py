@@ -105,8 +105,8 @@ class DenseOutput:
     ) -> tuple[Any, list[Encoded]]:
         tiles = max(medium.tiles.stop for medium in media)
         per_tile = self.session.adapter.tile_length(modality)
-        valid = self._valid(modality, call, media, tiles, per_tile)
-        self.pending = (self._targets(media, valid, tiles, per_tile), valid)
+        valid = self.valid_patches(modality, call, media, tiles, per_tile)
+        self.pending = (self.tile_targets(media, valid, tiles, per_tile), valid)
         self.state, self.taps = None, []
         try:
             output = original(*args, **kwargs)
@@ -120,28 +120,29 @@ class DenseOutput:
         finally:
             self.pending = self.state = None
 
-    def _valid(
+    def valid_patches(
         self, modality: str, call: Mapping[str, Any], media: Sequence[Medium], tiles: int, per_tile: int
     ) -> Tensor | None:
         """(tiles, N) bool: patches that the family's packing keeps, or ``None`` when it keeps all."""
         if not self.session.shape.tiled or modality != "image":
             return None
         valid = torch.ones(tiles, per_tile, dtype=torch.bool)
-        for medium, packed in zip(media, self._index(modality, call, media, tiles, per_tile), strict=True):
+        for medium, packed in zip(media, self.patch_index(modality, call, media, tiles, per_tile), strict=True):
             if medium.interpolated or self.session.tower_count(medium.length) >= medium.length:
                 continue  # every patch counts
             valid[medium.tiles] = False
             valid.view(-1)[packed[packed >= 0]] = True
         return None if bool(valid.all()) else valid
 
-    def _index(
+    def patch_index(
         self, modality: str, call: Mapping[str, Any], media: Sequence[Medium], tiles: int, per_tile: int
     ) -> list[Tensor]:
         """Flat (tile, patch) number at each placeholder, -1 at newlines; on the host."""
         flat = torch.arange(tiles * per_tile, dtype=torch.float64).view(tiles, per_tile, 1)
         return [packed[:, 0].round().long() for packed in self.pack(modality, call, media, flat, -1.0)]
 
-    def _targets(self, media: Sequence[Medium], valid: Tensor | None, tiles: int, per_tile: int) -> list[int]:
+    def tile_targets(self, media: Sequence[Medium], valid: Tensor | None, tiles: int, per_tile: int) -> list[int]:
+        """Patches that each tile must be left with."""
         targets = [per_tile] * tiles
         for medium in media:
             goal = self.session.tower_count(medium.length)
@@ -169,7 +170,7 @@ class DenseOutput:
         stages = [(n, self.pack(modality, call, media, k.float()[..., None], self.newline)) for n, k in state.stages]
         index = None
         if state.merged:
-            index = self._index(modality, call, media, len(state.counts), state.total)
+            index = self.patch_index(modality, call, media, len(state.counts), state.total)
         encoded = []
         for number, medium in enumerate(media):
             if whole[number]:

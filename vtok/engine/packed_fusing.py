@@ -13,7 +13,7 @@ import vtok_kernels as kernels
 from vtok.engine.cells import CellState
 from vtok.engine.host import on_device
 from vtok.engine.rows import rotate
-from vtok.engine.towers import distribute, merge_goal, received
+from vtok.engine.towers import merge_goal, received, segment_goals
 from vtok.view import Stage, TowerView
 
 logger = logging.getLogger("vtok")
@@ -161,10 +161,8 @@ class PackedFusing:
         goals = list(lengths)
         for frame, own in enumerate(owners):
             goal = merge_goal(state.counts[frame], state.targets[frame], later, self.compat)
-            share = distribute(goal, [lengths[i] for i in own])
-            for segment, goal in zip(own, share, strict=True):
-                # bipartite matching can take at most half
-                goals[segment] = max(goal, lengths[segment] - lengths[segment] // 2)
+            for segment, left in zip(own, segment_goals(goal, [lengths[i] for i in own]), strict=True):
+                goals[segment] = left
         return lengths, goals
 
     def _fusion_view(self, number: int, x: Tensor, state: CellState, rows: Tensor, target: int) -> TowerView:

@@ -62,7 +62,8 @@ class Tower:
                 self.session.hook(tap.register_forward_hook(self._record))
 
     def _record(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.taps.append(output.detach())
+        if self.session.encoding:
+            self.taps.append(output.detach())
 
     def encode(
         self, modality: str, call: Mapping[str, Any], media: Sequence[Medium], original: Any, args: Any, kwargs: Any
@@ -121,6 +122,13 @@ def merge_goal(count: int, target: int, later: int, even: bool) -> int:
         return count
     goal = count - -(-(count - target) // later) if even else round(count * (target / count) ** (1 / later))
     return max(goal, target, count - count // 2)
+
+
+def segment_goals(goal: int, lengths: Sequence[int]) -> list[int]:
+    """What a merge shall leave of each segment so that ``goal`` are left of all: bipartite matching can take at most
+    half of one."""
+    share = distribute(goal, lengths)
+    return [max(own, length - length // 2) for own, length in zip(share, lengths, strict=True)]
 
 
 def softmax(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ class Downsample(Method):
     summary = "average pooling to a smaller grid"
     paper = "VTC-Bench (ACL 2026)"
     site = "input"
+    blind = True
 
     def select(self, view: View, count: int) -> Selection:
         length = sum(part.length for part in view.parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -121,8 +121,7 @@ class FlexTok(Method):
         """The first tokens of each picture (of each frame, by area), in raster order of where they stand."""
         found: dict[int, tuple[_Laid, Tensor]] = {}
         for rows, grids in layouts(view):
-            shares = share_parts([Part(*grid) for _, grid in grids], count)
-            pictures = [(where, grid, share) for (where, grid), share in zip(grids, shares, strict=True) if share]
+            pictures = _shared(grids, count)
             read = [self._tokens(view.features[rows][:, where], grid, share) for where, grid, share in pictures]
             for own, row in enumerate(rows):
                 parts = [(where, grid, sizes[own]) for (where, grid, _), (_, sizes) in zip(pictures, read, strict=True)]
@@ -131,16 +130,35 @@ class FlexTok(Method):
                 found[row] = laid, tokens[laid.order.to(tokens.device)]
         return _selection(view, [found[row] for row in range(view.features.shape[0])])
 
+    def fixed(self, view: View, count: int) -> tuple[Tensor, Callable[[Tensor], Tensor] | None] | None:
+        ((_, grids),) = layouts(view)
+        pictures = _shared(grids, count)
+        laid = _lay(pictures, self._scheme, view.size)
+        device = view.features.device
+
+        def tokens(features: Tensor) -> Tensor:
+            read = [self._read(features[:, where.to(device)], grid, share)[0] for where, grid, share in pictures]
+            return torch.cat(read, 1)[:, laid.order.to(device)]
+
+        return laid.kept.to(device), tokens
+
     @property
     def _scheme(self) -> str:
         return self.scheme if self.resampler is None else self.resampler.config.scheme
 
     def _tokens(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, list[int]]:
         """(R, count, D) ordered tokens of x (R, rows * columns, D), and how many of them each picture needs."""
+        tokens, registers = self._read(x, grid, count)
+        if self.auto is None or registers is None or self.resampler is None:
+            return tokens, [count] * len(x)
+        return tokens, self.resampler.enough(registers, self.auto).tolist()
+
+    def _read(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, Tensor | None]:
+        """(R, count, D) ordered tokens, and what trained registers hold."""
         resampler = self.resampler
         if resampler is None:
             weights = plan(count, grid, self.scheme).weights.to(x.device)
-            return (weights @ x.float()).to(x.dtype), [count] * len(x)
+            return (weights @ x.float()).to(x.dtype), None
         most = resampler.config.tokens
         if self.auto is not None:
             count = min(count, most)
@@ -150,9 +168,13 @@ class FlexTok(Method):
                 "less, or leave weights out"
             )
         tokens, registers = resampler.read(x.to(next(resampler.parameters()).dtype), grid, count)
-        if self.auto is None:
-            return tokens.to(x.dtype), [count] * len(x)
-        return tokens.to(x.dtype), resampler.enough(registers, self.auto).tolist()
+        return tokens.to(x.dtype), registers
+
+
+def _shared(grids: Sequence[tuple[Tensor, tuple[int, int]]], count: int) -> list[tuple[Tensor, tuple[int, int], int]]:
+    """Pictures with their share of the tokens, those that get any."""
+    shares = share_parts([Part(*grid) for _, grid in grids], count)
+    return [(where, grid, share) for (where, grid), share in zip(grids, shares, strict=True) if share]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,9 @@ class FlowCut(Method):
         attention = self.relation(view)
         flow = attention / attention.sum(1, keepdim=True)
         if self.semantic and view.has_cls:
-            values = kernels.value_similarity(view.v, view.v[:, :, 0])[:, view.prefix :]
+            mask = view.attended()
+            values = kernels.value_similarity(view.v, view.v[:, :, 0], mask=None if mask is None else mask[:, 0])
+            values = values[:, view.prefix :]
             flow = flow + values / values.sum(1, keepdim=True)
         density = view.v[:, :, view.prefix :].float().mean(1).abs().sum(-1)
         score = view.per_cell(flow * density)
@@ -93,23 +95,36 @@ class FlowCut(Method):
     def relation(self, view: TowerView) -> Tensor:
         """(G, patches) attention that the global token pays to each patch."""
         assert view.q is not None and view.k is not None
-        query = view.q[:, :, :1] if view.has_cls else view.q.mean(2, keepdim=True)
-        return kernels.attention_rows(query, view.k, scale=view.scale)[:, 0, view.prefix :]
+        mask = view.attended()
+        if view.has_cls:
+            query = view.q[:, :, :1]
+        elif mask is None:
+            query = view.q.mean(2, keepdim=True)
+        else:
+            counted = mask[..., None].to(view.q.dtype)
+            query = (view.q * counted).sum(2, keepdim=True) / counted.sum(2, keepdim=True)
+        return kernels.attention_rows(query, view.k, scale=view.scale, mask=mask)[:, 0, view.prefix :]
 
     def cut(self, last: int, view: TowerView, target: int) -> Tensor:
-        """(G, n) bool: what the entropy schedule leaves (steps 6-7)."""
+        """(G, n) bool: what the entropy schedule leaves; (G, target) indices at the last cut (steps 6-7)."""
         assert view.carry is not None
         left = last - (view.layer or 0)  # the paper's countdown: the last cut goes straight to the target
         if left <= 0:
-            return kernels.keep_mask(kernels.topk(view.carry, target), view.size)
+            return kernels.topk(view.carry, target)
+        size = (
+            torch.full_like(view.carry[:, 0], view.size)
+            if view.standing is None
+            else view.standing.sum(1).to(view.carry)
+        )
         attention = self.relation(view)
         share = attention / attention.sum(1, keepdim=True)
-        entropy = -torch.special.xlogy(share, share).sum(1) / torch.log(torch.tensor(float(share.shape[1])))
-        gone = ((view.size - target) / left**0.5 * (1 - entropy**2)).round()
+        entropy = -torch.special.xlogy(share, share).sum(1) / torch.log(size * view.unit)
+        gone = ((size - target) / left**0.5 * (1 - entropy**2)).round()
         if self.compat:
             gone = gone.amax().expand_as(gone)
-        kept = (view.size - gone).clamp(target, view.size)
-        rank = torch.argsort(torch.argsort(-view.carry, dim=1, stable=True), dim=1, stable=True)
+        kept = torch.minimum((size - gone).clamp_min(target), size)
+        places = torch.arange(view.size, device=view.carry.device).expand(view.carry.shape)
+        rank = torch.zeros_like(places).scatter(1, kernels.ranking(view.carry), places)
         return rank < kept[:, None]
 
     def cut_decoder(self, view: DecoderView, count: int) -> Tensor:

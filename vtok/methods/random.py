@@ -17,6 +17,7 @@ class Random(Method):
 
     summary = "uniform sample of the visual tokens"
     site = "input"
+    blind = True
 
     seed: int = 0
 

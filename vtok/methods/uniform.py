@@ -20,6 +20,7 @@ class Uniform(Method):
 
     summary = "evenly spaced sub-grid"
     site = "input"
+    blind = True
 
     def select(self, view: View, count: int) -> Tensor:
         groups = view.features.shape[0]

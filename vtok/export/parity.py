@@ -1,0 +1,128 @@
+"""The parity check: an exported folder answers as the model does, or it is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vtok.errors import VtokError
+from vtok.export.answers import Answer
+from vtok.export.manifest import Parity
+from vtok.export.probes import Probe
+
+#: of kept tokens that both must share in fp32: two tokens of equal score may change places in another runtime
+SHARED = 0.99
+#: of logits in fp32, relative to their range
+CLOSE = 1e-3
+#: accuracy that half precision and int8 may lose
+POINTS = 0.02
+#: relative difference of logits that they may have where nothing tells right from wrong
+LOOSE = {"fp16": 0.05, "bf16": 0.1, "int8": 0.3}
+
+RULES = {
+    "fp32": "every greedy answer equal; at least 99 % of the kept tokens shared; first logits within 0.1 % of their "
+    "range",
+    "judged": "accuracy within 2 points",
+    "loose": "first logits within {share:.0%} of their range",
+}
+
+
+def compare(
+    reference: Sequence[Answer],
+    found: Sequence[Answer],
+    questions: Sequence[Probe],
+    *,
+    precision: str,
+    source: str,
+    new_tokens: int,
+    processor: Any = None,
+    fresh: bool = True,
+) -> Parity:
+    """What the check found, and whether it holds.
+
+    Exact where the arithmetic is (fp32, and half-precision files of a model in that precision, which ``precision``
+    then calls fp32). Otherwise accuracy where the questions have truths, else the logits.
+
+    Parameters
+    ----------
+    reference, found : sequence of Answer
+        Of the model and of the folder.
+    questions : sequence of Probe
+        What was asked.
+    precision : str
+        Of the arithmetic that differs: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``.
+    source : str
+        Where the questions are from.
+    new_tokens : int
+        Most tokens of an answer.
+    processor : ProcessorMixin, optional
+        To turn tokens into words for the judges.
+    fresh : bool
+        Whether ``found`` comes from a process of its own.
+    """
+    pairs = list(zip(reference, found, strict=True))
+    same = [ours.kept == theirs.kept for ours, theirs in pairs]
+    ranges = [float(ours.logits.max() - ours.logits.min()) for ours, _ in pairs]
+    differences = [float((ours.logits - theirs.logits).abs().max()) for ours, theirs in pairs]
+    # other tokens, other logits: those samples say nothing on the arithmetic, unless there are no others
+    told = [difference for difference, kept in zip(differences, same, strict=True) if kept] or differences
+    kept = sum(len(ours.kept) for ours, _ in pairs)
+    shared = sum(len({*ours.kept} & {*theirs.kept}) for ours, theirs in pairs) / kept if kept else 1.0
+    accuracy, before = (_accuracy(answers, questions, processor) for answers in (found, reference))
+    span = sum(ranges) / len(ranges)
+    equal = sum(ours.tokens == theirs.tokens for ours, theirs in pairs)
+    if precision == "fp32":
+        rule = RULES["fp32"]
+        passed = equal == len(pairs) and shared >= SHARED and max(told) <= CLOSE * span
+    elif accuracy is not None and before is not None:
+        rule, passed = RULES["judged"], accuracy >= before - POINTS - 1e-9
+    else:
+        share = LOOSE[precision]
+        rule, passed = RULES["loose"].format(share=share), max(told) <= share * span
+    return Parity(
+        samples=len(pairs),
+        source=source,
+        new_tokens=new_tokens,
+        answers_equal=equal,
+        kept_equal=sum(same),
+        kept_shared=shared,
+        max_logit_difference=max(told),
+        logit_range=span,
+        accuracy=accuracy,
+        reference_accuracy=before,
+        fresh_process=fresh,
+        rule=rule,
+        passed=passed,
+    )
+
+
+def demand(parity: Parity, target: str) -> None:
+    """Refuse an export that answers otherwise.
+
+    Raises
+    ------
+    VtokError
+        With all that was found.
+    """
+    if parity.passed:
+        return
+    right = ""
+    if parity.accuracy is not None and parity.reference_accuracy is not None:
+        right = f", {100 * parity.accuracy:.1f} % right instead of {100 * parity.reference_accuracy:.1f} %"
+    raise VtokError(
+        f"the {target} export does not answer as the model does, so nothing was written: {parity.answers_equal} of "
+        f"{parity.samples} answers equal{right}, the same tokens kept in {parity.kept_equal} ({parity.kept_shared:.2%} "
+        f"of all shared), logits off by {parity.max_logit_difference:.3g} of {parity.logit_range:.3g} (wanted: "
+        f"{parity.rule}); try fp32, or another method, and please report a pair that fails in fp32"
+    )
+
+
+def _accuracy(answers: Sequence[Answer], questions: Sequence[Probe], processor: Any) -> float | None:
+    if processor is None or any(question.judge is None for question in questions):
+        return None
+    decode = processor.tokenizer.decode
+    right = 0
+    for answer, question in zip(answers, questions, strict=True):
+        assert question.judge is not None
+        right += question.judge(decode(list(answer.tokens), skip_special_tokens=True).strip())
+    return right / len(questions)
