@@ -32,6 +32,7 @@ class Method:
         positions: the authors' position policy on families that allow both.
         whole: it reads whole pictures, so no method may thin them before it.
         blind: its choice follows from layout and seed alone, and what it merges are fixed averages.
+        late: the option that leaves its stages inside the decoder out, set to ``None``.
         newlines: the tower site's rule for newline tokens of tiled images: ``"drop"`` or ``"keep"``.
         presets: published budgets and settings by name.
         refusals: family -> reason, where the method cannot serve a family.
@@ -46,6 +47,7 @@ class Method:
     positions: ClassVar[str] = "keep"
     whole: ClassVar[bool] = False
     blind: ClassVar[bool] = False
+    late: ClassVar[str] = ""
     newlines: ClassVar[str] = "drop"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     refusals: ClassVar[Mapping[str, str]] = {}

@@ -184,7 +184,7 @@ def save_plain(original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-def make_tower(session: Session) -> Tower | None:
+def make_tower(session: Any) -> Any:
     """The watcher of the vision side that a session's methods need."""
     if any(stage.site == "encoder" for stage in session.stages):
         return (PackedTower if session.adapter.tower.packed else DenseTower)(session)

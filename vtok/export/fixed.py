@@ -165,8 +165,7 @@ def _sentence(method: Method, plan: Plan) -> str:
 
 def _without(method: Method) -> str:
     """How a method's options say the same, where they can."""
-    option = {"todre": "decision", "flowcut": "llm_layer"}.get(method.name)
-    return f" (as {method.name} with {option}=None does)" if option else ""
+    return f" (as {method.name} with {method.late}=None does)" if method.late else ""
 
 
 def only_picture(session: Session, example: Mapping[str, Any]) -> Medium:

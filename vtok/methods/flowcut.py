@@ -39,6 +39,7 @@ class FlowCut(Method):
     paper = "arXiv 2505.19536"
     site = "encoder"
     positions = "reindex"
+    late = "llm_layer"
     presets: ClassVar[dict[str, Any]] = {
         "192": {"keep": 192},
         "128": {"keep": 128},

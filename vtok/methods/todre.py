@@ -36,6 +36,7 @@ class ToDRE(Method):
     paper = "arXiv 2505.18757"
     site = "input"
     positions = "reindex"
+    late = "decision"
     presets = {"25%": {"keep": 0.25}, "10%": {"keep": 0.10}}  # noqa: RUF012
 
     pivot: str = "cls"

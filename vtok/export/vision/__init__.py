@@ -65,5 +65,10 @@ def vision_graph(model: nn.Module, example: Mapping[str, Any], *, fixed: bool = 
     session = session_of(model)
     budget = Budget(session, fixed)
     medium = only_picture(session, example)
-    kinds = {"llava": DenseGraph, "llava_next": TiledGraph, "qwen2_vl": PackedGraph, "qwen2_5_vl": PackedGraph}
+    kinds: dict[str, Any] = {
+        "llava": DenseGraph,
+        "llava_next": TiledGraph,
+        "qwen2_vl": PackedGraph,
+        "qwen2_5_vl": PackedGraph,
+    }
     return kinds[session.adapter.family](budget, medium, example).eval()

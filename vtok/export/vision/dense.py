@@ -28,7 +28,8 @@ class DenseGraph(VisionGraph):
 
     def __init__(self, budget: Budget, medium: Medium, example: Mapping[str, Any]) -> None:
         super().__init__(budget, medium, example)
-        self.tower, self.projector = self.spec.root, self.spec.projector
+        self.tower: Any = self.spec.root
+        self.projector: Any = self.spec.projector
         goal = budget.tower_count(medium.length)
         # the engine's own, without hooks: it tells cuts, merges and budgets of tiles apart
         self.inside: Any = make_tower(budget) if budget.tower_stages and goal < medium.length else None

@@ -161,10 +161,10 @@ class VisionGraph(nn.Module):
             return indices, features.to(view.features.dtype), True
         assert stage.select is not None
         chosen = checked(stage.select(view, count), self.budget.name)
-        features = chosen.features
-        if features is None:
-            features = gather_cells(view.features, chosen.indices, unit)
-        return chosen.indices, features.to(view.features.dtype), False
+        made = chosen.features
+        if made is None:
+            made = gather_cells(view.features, chosen.indices, unit)
+        return chosen.indices, made.to(view.features.dtype), False
 
 
 def gather_cells(x: Tensor, index: Tensor, unit: int = 1) -> Tensor:

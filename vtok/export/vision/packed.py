@@ -25,6 +25,11 @@ from vtok.view import Selection, Stage
 class PackedGraph(PackedFusing, VisionGraph):
     """(B, N, patch_dim) pixels of pictures of one grid through a tower in window order."""
 
+    order: Tensor
+    window: Tensor
+    places: Tensor
+    raster: Tensor
+
     def __init__(self, budget: Budget, medium: Medium, example: Mapping[str, Any]) -> None:
         super().__init__(budget, medium, example)
         self.tower, self.unit = self.spec.root, self.spec.unit

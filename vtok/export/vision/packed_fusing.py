@@ -105,8 +105,8 @@ class PackedFusing:
         # similarity is taken before the rotary embedding; attention after it
         view.q, view.k, view.v = (projected(part) for part in cells.projections)
         bias = sizes.log().repeat_interleave(self.unit, 1)
-        turned = (projected(part).float() for part in cells.turned[:2])
-        view.received = view.per_cell(received(*turned, view.scale, bias))
+        q, k = (projected(part).float() for part in cells.turned[:2])
+        view.received = view.per_cell(received(q, k, view.scale, bias))
         plan = fuse.match(view, r)
         weights = sizes if fuse.weights is None else fuse.weights(view)
         (merged, place), (summed,) = plan.pour([whole, place], [sizes], [weights.to(whole.dtype), sizes])

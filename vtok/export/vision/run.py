@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +77,13 @@ class Run:
         def chosen(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.unflatten(0, (-1, of))[:, tiles].flatten(0, 1)
 
-        projections = None if self.projections is None else tuple(chosen(x) for x in self.projections)
+        projections: Any = None if self.projections is None else tuple(chosen(x) for x in self.projections)
+        found: dict[str, Any] = {
+            name: chosen(getattr(self, name)) for name in ("x", "tokens", "carry", "sizes", "standing")
+        }
         return dataclasses.replace(
             self,
-            **{name: chosen(getattr(self, name)) for name in ("x", "tokens", "carry", "sizes", "standing")},
+            **found,
             projections=projections,
             target=target,
         )

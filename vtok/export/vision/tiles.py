@@ -22,6 +22,9 @@ class TiledGraph(DenseGraph):
     Tiles whose counts and budgets agree go through the tower together, so no tile is padded or masked.
     """
 
+    packed: Tensor
+    place: Tensor
+
     def layout(self, pixels: Tensor, example: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         size = torch.as_tensor(example["image_sizes"]).flatten().tolist()
         return {"image_size": tuple(pixels.shape[-2:]), "image_sizes": tuple(int(side) for side in size)}

@@ -28,9 +28,6 @@ from vtok.serving.vllm.settings import Settings
 
 logger = logging.getLogger("vtok")
 
-#: where the authors' schedule has a decoder stage that an option leaves out
-WITHOUT_DECODER = {"todre": "decision=None", "flowcut": "llm_layer=None"}
-
 
 class Compression:
     """The plan of one served model.
@@ -66,7 +63,7 @@ class Compression:
         session = self.session
         for method in session.methods:
             late = any(stage.site == "decoder" for stage in method.stages(session.shape))
-            if late and (method.site == "decoder" or method.name not in WITHOUT_DECODER):
+            if late and (method.site == "decoder" or not method.late):
                 raise VtokError(
                     f"{method.name} drops tokens inside the decoder, and vLLM gives every layer the same prompt; take "
                     "a method that acts before the decoder, such as divprune"
@@ -74,7 +71,7 @@ class Compression:
             if late:
                 raise VtokError(
                     f"{method.name} has a stage inside the decoder, and vLLM gives every layer the same prompt; leave "
-                    f"that stage out: {WITHOUT_DECODER[method.name]}"
+                    f"that stage out: {method.late}=None"
                 )
             if getattr(method, "auto", None) is not None:
                 raise VtokError(
