@@ -38,7 +38,7 @@ _LOOKUPS: dict[str, Any] = _SYMBOLS | {
     "scenes": _SYMBOLS["scenes"] | {"rare": {"exists": 0.15, "colour": 0.15, "position": 0.15}},
 }
 _READING: dict[str, Any] = _LOOKUPS | {
-    "steps": 4500,
+    "steps": 6700,
     "scenes": _SYMBOLS["scenes"]
     | {
         "crowds": 0.1,
@@ -78,8 +78,22 @@ _STAGES: dict[str, dict[str, Any]] = {
     "words": _WORDS,
     "sparse": _SPARSE,
     # on what the tower says alone, which a picture shown four times has no news of
-    "pictures": _SPARSE | {"steps": 1200, "rate": 3e-4, "blend": None, "scenes": _SPARSE["scenes"] | {"reuse": 2}},
-    "full": {"steps": 400, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2, "mixed": 32}},
+    "pictures": _SPARSE | {"steps": 1000, "rate": 4e-4, "blend": None, "scenes": _SPARSE["scenes"] | {"reuse": 2}},
+    # all layers, but few tokens: a third of the time of a step on all of them
+    "wide": _SPARSE
+    | {
+        "steps": 1500,
+        "rate": 4e-4,
+        "layers": None,
+        "blend": None,
+        "scenes": _SPARSE["scenes"]
+        | {
+            "reuse": 2,
+            "kinds": {"mixed": 0.2, "count": 0.3, "text": 0.22, "detail": 0.28},
+            "rare": {"exists": 0.2, "colour": 0.2, "position": 0.2, "objects": 0.6},
+        },
+    },
+    "full": {"steps": 200, "rate": 2e-4, "scenes": _ASKED | {"reuse": 2, "mixed": 32}},
 }
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -162,7 +176,7 @@ def run(
             groups = [([talk.project], rate), (words.last, own["tower"])]
         elif stage == "pictures":
             groups = [([language, talk.project], rate), ([hints], 2e-3)]
-        elif stage == "full":
+        elif stage in ("wide", "full"):
             groups = [([language, talk.project], rate)]
             hinted.remove()
             hints.states = None
