@@ -14,15 +14,20 @@ demo test: export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    compress a photograph with every method; tables here, pictures in demo_output/"
+	@echo "make demo    two embedded models answer questions, plain and compressed; reports in demo_output/"
 	@echo "make test    the whole test suite"
 	@echo "make test-vllm  vLLM served on loopback, in an environment of its own (.venv-vllm)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make format  let ruff mend what it can"
 	@echo "make clean   remove .venv, caches and build folders"
 
+# methods of all three sites beside random pruning; a folder that is there is gone on with, so the second run is quick
+DEMO := --method flowcut,visionzip,divprune,fastv,random --keep 128,64 --limit 12 --time-samples 4
+
 demo: $(READY)-eval
-	$(BIN)/vtok demo
+	$(BIN)/vtok eval --model nano-llava $(DEMO) --out demo_output/nano-llava
+	$(BIN)/vtok eval --model nano-qwen $(DEMO) --out demo_output/nano-qwen
+	@echo "open demo_output/nano-llava/report.html and demo_output/nano-qwen/report.html"
 
 test: $(READY)-dev
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -114,9 +114,10 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path, monkeypa
 
 
 WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from vtok.export.folder import written
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
 with written(sys.argv[1]) as beside:
     (beside / "part").write_text("half")
     print("writing", flush=True)
