@@ -33,6 +33,7 @@ class Method:
         whole: it reads whole pictures, so no method may thin them before it.
         blind: its choice follows from layout and seed alone, and what it merges are fixed averages.
         late: the option that leaves its stages inside the decoder out, set to ``None``.
+        exact: it keeps as many tokens as it is told to; grids that have to fit keep fewer.
         newlines: the tower site's rule for newline tokens of tiled images: ``"drop"`` or ``"keep"``.
         presets: published budgets and settings by name.
         refusals: family -> reason, where the method cannot serve a family.
@@ -48,6 +49,7 @@ class Method:
     whole: ClassVar[bool] = False
     blind: ClassVar[bool] = False
     late: ClassVar[str] = ""
+    exact: ClassVar[bool] = True
     newlines: ClassVar[str] = "drop"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     refusals: ClassVar[Mapping[str, str]] = {}
@@ -116,6 +118,10 @@ class Method:
     def restored(self, folder: Path) -> Method:
         """What ``stored`` wrote down, with its files in ``folder``."""
         return self
+
+    def variants(self, shape: Shape) -> Sequence[Mapping[str, Any]]:
+        """Changes of options that ``vtok tune`` tries on a model of this shape, beside the presets."""
+        return ()
 
     def digest(self) -> str:
         """Tells trained weights apart that the options only name; answers depend on it. Empty where there are none."""

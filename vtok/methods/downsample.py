@@ -28,6 +28,7 @@ class Downsample(Method):
     paper = "VTC-Bench (ACL 2026)"
     site = "input"
     blind = True
+    exact = False
 
     def select(self, view: View, count: int) -> Selection:
         length = sum(part.length for part in view.parts)

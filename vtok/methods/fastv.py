@@ -49,6 +49,9 @@ class FastV(Method):
         object.__setattr__(self, "layer", self.k)
         return super().default_layer(shape)
 
+    def variants(self, shape: Shape) -> list[dict[str, Any]]:
+        return [{"k": k} for k in sorted({3, shape.depth // 4, shape.depth // 2})]
+
     def score(self, view: DecoderView) -> Tensor:
         scores = view.attention(self.query)
         if self.compat:  # pictures at the same place of their prompts

@@ -65,6 +65,9 @@ class FlowCut(Method):
             return "it follows the flow through the vision tower, and this one has a single block in use"
         return super().refuse(shape)
 
+    def variants(self, shape: Shape) -> list[dict[str, Any]]:
+        return [{"llm_layer": None}, {"llm_layer": shape.depth // 4}] if shape.tiled or shape.packed else []
+
     def stages(self, shape: Shape) -> Sequence[Stage]:
         last = shape.tower_depth - 1
         cuts = [layer for layer in range(2, last + 1) if (last - layer) % self.every == 0] or [last]

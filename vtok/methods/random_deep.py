@@ -72,6 +72,9 @@ class RandomDeep(Method):
             return min(shape.depth - 1, max(1, round(self.layer * shape.depth)))
         return super().default_layer(shape)
 
+    def variants(self, shape: Shape) -> list[dict[str, Any]]:
+        return [{"layer": share / 32} for share in (12, 16, 24)]
+
     def score(self, view: DecoderView) -> Tensor:
         return view.random(self.seed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,9 @@ class ToDRE(Method):
             raise VtokError(f'todre pivot={self.pivot!r} is unknown; take "cls", "random" or "center"')
         if self.objective not in ("sum", "min"):
             raise VtokError(f'todre objective={self.objective!r} is unknown; take "sum" (v2) or "min" (v1)')
+
+    def variants(self, shape: Shape) -> list[dict[str, Any]]:
+        return [{"decision": None}, {"decision": 0.5}]
 
     def stages(self, shape: Shape) -> Sequence[Stage]:
         reads = frozenset({"saliency"}) if self.pivot == "cls" and shape.has_cls else frozenset()

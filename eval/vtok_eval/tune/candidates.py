@@ -73,14 +73,7 @@ def variants(
 
 def _changes(method: Method, shape: Shape) -> list[dict[str, Any]]:
     """Settings worth a look: layers by depth, and those of published presets."""
-    depth = shape.depth
-    layers: dict[str, list[dict[str, Any]]] = {
-        "fastv": [{"k": k} for k in sorted({3, depth // 4, depth // 2})],
-        "random_deep": [{"layer": share / 32} for share in (12, 16, 24)],
-        "flowcut": [{"llm_layer": None}, {"llm_layer": depth // 4}] if shape.tiled or shape.packed else [],
-        "todre": [{"decision": None}, {"decision": 0.5}],
-    }
-    found = layers.get(method.name, [])
+    found = [dict(change) for change in method.variants(shape)]
     for preset in method.presets.values():
         found = [*found, {key: value for key, value in preset.items() if key != "keep"}]
     names = {item.name for item in dataclasses.fields(method)}
@@ -88,7 +81,7 @@ def _changes(method: Method, shape: Shape) -> list[dict[str, Any]]:
     for change in found:
         if change and set(change) <= names and change not in unique and dataclasses.replace(method, **change) != method:
             unique.append(change)
-    return [change for change in unique if 0 < change.get("k", 1) < depth]
+    return [change for change in unique if 0 < change.get("k", 1) < shape.depth]
 
 
 def grid(sizes: Sequence[int], wanted: Iterable[int | float] = ()) -> list[int | float]:

@@ -78,9 +78,9 @@ class Compression:
                     f"{method.name} decides by the picture how many tokens it needs, and vLLM makes room for them "
                     "before it has seen the picture; give a number as keep, and no auto="
                 )
-            if method.name == "downsample":
+            if not method.exact:
                 raise VtokError(
-                    "downsample keeps the largest grid below the budget, so prompts would not have the tokens that "
+                    f"{method.name} keeps the largest grid below the budget, so prompts would not have the tokens that "
                     "were asked for; take uniform"
                 )
         if session.positions == "keep" and not session.shape.packed:
