@@ -16,7 +16,7 @@ from PIL import Image
 import vtok
 from tests.serving import nano
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from vtok.serving.vllm.server import chat, message, serve
 

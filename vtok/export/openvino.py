@@ -19,27 +19,10 @@ PRECISIONS = ("fp32", "fp16")
 
 
 def write(programs: Sequence[Program], folder: str | Path, precision: str = "fp32") -> list[Path]:
-    """An ``.xml`` and a ``.bin`` file a program, converted from its ONNX graph.
+    """An ``.xml`` and a ``.bin`` file a program, converted from its ONNX graph; as ``vtok.export.onnx.write``.
 
-    Parameters
-    ----------
-    programs : sequence of Program
-        Of ``vtok.export.trace.trace_all``.
-    folder : str or Path
-        Exists.
-    precision : str
-        ``"fp32"``, or ``"fp16"``: weights are stored in half precision; what is computed in is chosen when a file is
-        loaded.
-
-    Returns
-    -------
-    list of Path
-        All files that were written.
-
-    Raises
-    ------
-    VtokError
-        Another precision, or a package is missing.
+    ``precision`` is ``"fp32"``, or ``"fp16"``: weights are stored in half precision, and what is computed in is chosen
+    when a file is loaded.
     """
     if precision not in PRECISIONS:
         raise VtokError(

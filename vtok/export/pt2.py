@@ -15,27 +15,7 @@ PRECISIONS = ("fp32",)
 
 
 def write(programs: Sequence[Program], folder: str | Path, precision: str = "fp32") -> list[Path]:
-    """One ``.pt2`` file a program.
-
-    Parameters
-    ----------
-    programs : sequence of Program
-        Of ``vtok.export.trace.trace_all``.
-    folder : str or Path
-        Exists.
-    precision : str
-        ``"fp32"``.
-
-    Returns
-    -------
-    list of Path
-        The files, in the order of the programs.
-
-    Raises
-    ------
-    VtokError
-        Another precision.
-    """
+    """One ``.pt2`` file a program; as ``vtok.export.onnx.write``, in fp32 only."""
     if precision not in PRECISIONS:
         raise VtokError(
             f"torch.export programs are written in fp32, not in {precision}; export to onnx or openvino for smaller "
