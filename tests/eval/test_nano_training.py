@@ -200,6 +200,21 @@ def test_sparse_tokens_keep_centres_and_their_places(name: str) -> None:
     assert few["positions"][-1] == whole["positions"][-1] or name == "nano-llava"
 
 
+@pytest.mark.parametrize("name", nano.NANO)
+def test_what_stays_closes_up_where_vtok_closes_it_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = nano.blank(name, scenes.words())
+    talk = Talk(name, model, processor)
+    talk.sparse, talk.close = (0.3, 0.1), 1.0
+    rows: list[dict[str, list[Any]]] = []
+    row = Talk._row
+    monkeypatch.setattr(Talk, "_row", lambda *args: rows.append(row(*args)) or rows[-1])
+    talk.step(Scenes(name, processor, 1, 2, "a", questions=2)[0])
+    for own in rows:
+        first = [place for place, block in zip(own["positions"], own["block"], strict=True) if block < 2]
+        closed = first == [[i] * 3 for i in range(len(first))]
+        assert closed == (name == "nano-llava")
+
+
 def test_hints_are_what_a_question_has_to_find() -> None:
     processor = nano.processor("nano-llava", scenes.words())
     hints = Hints(processor.tokenizer, 16)

@@ -84,6 +84,7 @@ class Talk(nn.Module):
         super().__init__()
         self.name, self.model, self.pool, self.symbols = name, model, pool, False
         self.sparse: tuple[float, float] | None = None
+        self.close = 0.0
         self.blend: float | None = None
         self.hints: Hints | None = None
         self.remember = 1
@@ -291,8 +292,9 @@ class Talk(nn.Module):
         device = next(self.parameters()).device
         embed = self.model.get_input_embeddings()
         left = iter(kept)
+        closed = self.name == "nano-llava" and torch.rand(()).item() < self.close
         rows = [
-            self._row(grids, turns, [next(left).tolist() for _ in grids])
+            self._row(grids, turns, [next(left).tolist() for _ in grids], closed)
             for grids, turns in zip(batch.grids, batch.turns, strict=True)
         ]
         longest = max(len(row["ids"]) for row in rows)
@@ -326,7 +328,11 @@ class Talk(nn.Module):
         return Answers(logits, target, turn, starts)
 
     def _row(
-        self, grids: list[tuple[int, int]], turns: list[Turn], kept: list[list[int]] | None = None
+        self,
+        grids: list[tuple[int, int]],
+        turns: list[Turn],
+        kept: list[list[int]] | None = None,
+        closed: bool = False,
     ) -> dict[str, list[Any]]:
         ids: list[int] = list(self.head)
         positions = [[i] * 3 for i in range(len(ids))]
@@ -340,6 +346,9 @@ class Talk(nn.Module):
             if self.name == "nano-qwen":
                 positions += [[start, start + y, start + x] for y, x in cells]
                 start += max(height, width)
+            elif closed:
+                positions += [[start + i] * 3 for i in range(len(cells))]
+                start += len(cells)
             else:
                 positions += [[start + y * width + x] * 3 for y, x in cells]
                 start += height * width

@@ -85,6 +85,7 @@ _STAGES: dict[str, dict[str, Any]] = {
         "steps": 1500,
         "rate": 4e-4,
         "layers": None,
+        "close": 0.6,
         "blend": None,
         "scenes": _SPARSE["scenes"]
         | {
@@ -159,6 +160,7 @@ def run(
     for stage, own in recipe.items():
         steps, rate = max(1, round(own["steps"] * scale)), own["rate"]
         talk.symbols, talk.sparse, talk.blend = own.get("symbols", False), own.get("sparse"), own.get("blend")
+        talk.close = own.get("close", 0.0)
         talk.remember = own["scenes"].get("mixed", 1)
         trained: nn.Module = talk
         step: Callable[[Any], tuple[Tensor, dict[str, float]]] = talk.step
