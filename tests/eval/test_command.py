@@ -99,6 +99,9 @@ WRONG: list[tuple[list[str], str]] = [
     (["--option", "layer=3"], "--option layer=3 is not of the form method.name=value"),
     (["--option", "fastv.k=3"], "options for 'fastv', which is not among the methods"),
     (["--option", "random.sede=3"], "random has no option 'sede'"),
+    (["--method", "random,random=flowcut"], "two rows are called random"),
+    (["--method", "late="], "late= is no row"),
+    (["--method", "a@b=random"], "a@b=random is no row"),
     (["--dtype", "int8"], "dtype 'int8' is unknown"),
     (["--device", "moon"], "no device 'moon'"),
     (["--limit", "0"], "limit=0"),
@@ -120,6 +123,19 @@ def test_wrong_arguments(
     assert found.exit_code == 2
     assert message in " ".join(found.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_method_has_several_rows(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = arguments(folders, "llava", tmp_path, "--no-blank", "--json")
+    given[given.index("--method") + 1] = "random,other=random,both=divprune+random_deep"
+    for option in ("random.seed=1", "other.seed=2", "both.random_deep.layer=5"):
+        given += ["--option", option]
+    found = call(*given)
+    assert found.exit_code == 0, found.output
+    options = {entry["id"]: entry["options"] for entry in json.loads(found.stdout)["entries"]}
+    assert options["random@16"] == {"seed": 1}
+    assert options["other@16"] == {"seed": 2}
+    assert options["both@16"] == {"random_deep.layer": 5}
 
 
 @pytest.mark.parametrize("name", ["nosuch", "no/such/folder/here"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -110,11 +111,12 @@ def line_up(
     model : nn.Module
         Not compressed.
     methods : sequence
-        Names (``"divprune+random_deep"`` composes), methods, or lists of them.
+        Names (``"divprune+random_deep"`` composes; ``"late=fastv"`` is another row of the same method, called late),
+        methods, or lists of them.
     keeps : sequence of int or float
         Budgets.
     options : mapping
-        Method name -> options, for methods given by name.
+        Name -> options, for methods given by name: the method's, or the row's (``"late"``; in a chain ``"row.method"``).
     sizes : sequence of int
         Visual tokens of the images that will come.
     blank : bool
@@ -155,13 +157,26 @@ def resolved(methods: Sequence[Asked], options: Mapping[str, Any]) -> dict[str, 
     if not methods:
         raise VtokError("no method to evaluate; name some, such as divprune,fastv")
     chains: dict[str, tuple[Method, ...]] = {}
+    used: set[str] = set()
     for asked in methods:
+        row = ""
+        if isinstance(asked, str) and "=" in asked:
+            row, _, asked = asked.partition("=")
+            if not (re.fullmatch(r"[\w.-]+", row) and asked):
+                raise VtokError(f"{row}={asked} is no row; write its name and what runs in it, such as late=fastv")
         parts = asked.split("+") if isinstance(asked, str) else [asked] if isinstance(asked, Method) else list(asked)
-        chain = [own for part in parts for own in resolve(part, _options(part, options))]
-        chains[title(asked)] = resolve(chain, {})
-    present = {own.name for chain in chains.values() for own in chain}
+        chain = []
+        for part in parts:
+            owners = _owners(part, row, len(parts) == 1)
+            used.update(owners)
+            given = {key: value for owner in owners for key, value in options.get(owner, {}).items()}
+            chain += resolve(part, given)
+        name = row or title(asked)
+        if name in chains:
+            raise VtokError(f"two rows are called {name}; give one another name, such as other={name}")
+        chains[name] = resolve(chain, {})
     for name in options:
-        if name not in present:
+        if name not in used:
             raise VtokError(f"there are options for {name!r}, which is not among the methods; add it to them")
     return chains
 
@@ -171,8 +186,11 @@ def drawing(name: str, seed: int) -> dict[str, int]:
     return {"seed": seed} if seed and "seed" in getattr(registry().get(name), "__dataclass_fields__", {}) else {}
 
 
-def _options(part: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    return options.get(part, {}) if isinstance(part, str) else {}
+def _owners(part: Any, row: str, alone: bool) -> list[str]:
+    """Under which names the options of a method of a row stand, the row's last: they overrule the method's."""
+    if not isinstance(part, str):
+        return []
+    return [part, *([row] if row and alone else []), *([f"{row}.{part}"] if row else [])]
 
 
 def _entry(model: Any, name: str, chain: tuple[Method, ...], keep: int | float, sizes: Sequence[int]) -> Entry:

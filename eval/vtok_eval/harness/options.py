@@ -23,7 +23,11 @@ Model = Annotated[
     str, typer.Option(help="An embedded model (nano-llava), a folder, a geometry (random weights) or a hub id.")
 ]
 Methods = Annotated[
-    str, typer.Option(help='Names with commas between; + composes: "fastv,divprune+random_deep"; or "all".')
+    str,
+    typer.Option(
+        help='Names with commas between; + composes: "fastv,divprune+random_deep"; name=method is a row of its own with '
+        'options of its own: "fastv,late=fastv" with "-o late.k=5"; or "all".'
+    ),
 ]
 Tasks = Annotated[str, typer.Option(help='Names with commas between, or "all".')]
 Data = Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")]
@@ -79,7 +83,7 @@ def _budget(text: str) -> int | float:
 
 
 def method_options(given: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """Method name -> options, of ``--option method.name=value``.
+    """Method name, or row and method name, -> options, of ``--option method.name=value``.
 
     Raises
     ------
@@ -89,7 +93,7 @@ def method_options(given: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for text in given or ():
         path, sign, value = text.partition("=")
-        method, dot, name = path.partition(".")
+        method, dot, name = path.rpartition(".")
         if not (sign and dot and method and name):
             raise VtokError(f"--option {text} is not of the form method.name=value, such as fastv.k=3")
         try:
