@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from importlib import import_module
 from importlib.metadata import EntryPoint
@@ -137,6 +138,56 @@ def test_distil_a_folder_from_the_command_line(name: str, folder: Path, tmp_path
     assert said["folder"] == str(out / "resampler") and said["tokens"] == 8
     vtok.compress(model, "flextok", keep=4, weights=said["folder"])
     assert files.load(said["folder"]).leave.weight.abs().max() > 0
+
+
+@pytest.mark.grad
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", NANO)
+def test_a_low_rank_change_is_learnt_along(name: str, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model, processor = nano.blank(name, scenes.words())
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    sizes = ("--tokens", 8, "--width", 64, "--blocks", 1, "--lora", 2, "--rate", 0.02)
+    steps = ("--features", 1, "--answers", 3, "--halting", 1, "--batch", 2, "--device", "cpu")
+    out = tmp_path / "out"
+    result = invoke("--model", tmp_path / "model", "--data", folder, "--out", out, *sizes, *steps)
+    assert result.exit_code == 0, result.output
+    assert "load_adapter" in result.stdout
+    inputs = processor(text=[processor.image_token], images=[Image.new("RGB", (112, 112), "red")], return_tensors="pt")
+
+    def said(network: Any) -> torch.Tensor:
+        with torch.no_grad(), vtok.compressed(network, "flextok", keep=2, weights=str(out / "resampler")):
+            return network(**inputs).logits[0, -1]
+
+    before = said(model)
+    torch.testing.assert_close(said(vtok.io.plain(tmp_path / "model", dtype=torch.float32)), before)
+    model.load_adapter(str(out / "adapter"))
+    assert (said(model) - before).abs().max() > 1e-4
+    model.disable_adapters()
+    torch.testing.assert_close(said(model), before)
+    # a run that was stopped goes on, to the same weights
+    (out / "answers.safetensors").unlink()
+    first = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert invoke("--model", tmp_path / "model", "--data", folder, "--out", out, *sizes, *steps).exit_code == 0
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_what_lora_cannot_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtok.resampler.lora import Lora
+
+    model, _ = nano.blank("nano-llava", scenes.words())
+    with pytest.raises(vtok.VtokError, match="a rank of 1 or more"):
+        Recipe(lora=4, answers=0)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        with pytest.raises(vtok.VtokError, match="lora needs peft"):
+            Lora(model, 4)
+    pytest.importorskip("peft")
+    lora = Lora(model, 4)
+    assert len(lora.changes) == 2 * 2 * 12
+    with pytest.raises(vtok.VtokError, match="already has an adapter"):
+        Lora(model, 4)
 
 
 @pytest.mark.grad

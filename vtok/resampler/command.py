@@ -31,6 +31,9 @@ def distill(
     features: Annotated[int, typer.Option(help="Steps of the first stage.", min=0)] = 2000,
     answers: Annotated[int, typer.Option(help="Steps of the second stage.", min=0)] = 5000,
     halting: Annotated[int, typer.Option(help='Steps of the head behind keep="auto"; 0: no head.', min=0)] = 300,
+    lora: Annotated[
+        int, typer.Option(help="Rank of a change of the language model, learnt along and saved as adapter/.", min=0)
+    ] = 0,
     batch: Annotated[int, typer.Option(help="Questions in a step.", min=1)] = 8,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
     scale: Annotated[float, typer.Option(help="Multiply the steps of a named data's recipe by this.")] = 1.0,
@@ -49,7 +52,9 @@ def distill(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     named = {entry.name: entry for entry in entry_points(group=DATA)}
     if data in named and not Path(data).is_dir():
-        # a recipe of its own: sizes and steps are its, times --scale
+        if lora:
+            raise VtokError(f"--data {data} has a recipe of its own, without lora; give a folder of questions")
+        # sizes and steps are the recipe's, times --scale
         folder = named[data].load()(model, out, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
     else:
         from vtok.resampler.data import read
@@ -58,7 +63,7 @@ def distill(
 
         questions = read(_existing(data, sorted(named)))
         network, processor = _loaded(model, place, dtype)
-        recipe = Recipe(features, answers, halting, batch, rate, seed=seed)
+        recipe = Recipe(features, answers, halting, batch, rate, seed=seed, lora=lora)
         sizes: dict[str, Any] = {"tokens": tokens, "width": width, "blocks": blocks, "scheme": scheme}
         run(network, processor, questions, out, recipe, workers=workers, resume=resume, **sizes)
         folder = out / "resampler"
@@ -67,6 +72,8 @@ def distill(
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "parameters": parameters, "tokens": found.config.tokens}))
     else:
+        if lora:
+            typer.echo(f'wrote {out / "adapter"}: model.load_adapter("{out / "adapter"}") first')
         typer.echo(f'wrote {folder}: vtok.compress(model, "flextok", keep=17, weights="{folder}")')
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vtok.resampler import files
 from vtok.resampler.config import ResamplerConfig
 from vtok.resampler.data import Batches, Prompts, Question
 from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
+from vtok.resampler.lora import Lora
 from vtok.resampler.reader import FeatureReader
 from vtok.resampler.resampler import OrderedResampler
 from vtok.training import Stage, train
@@ -43,6 +45,9 @@ class Recipe:
         So many of the model's logits are compared, its largest.
     seed : int
         Of weights and order.
+    lora : int
+        Rank of a change of the language model's attention that the second stage learns along (LoRA, by peft); 0: the
+        model stays as it is.
     """
 
     features: int = 2000
@@ -53,8 +58,11 @@ class Recipe:
     temperature: float = 1.0
     best: int = 64
     seed: int = 0
+    lora: int = 0
 
     def __post_init__(self) -> None:
+        if self.lora < 0 or (self.lora and not self.answers):
+            raise VtokError("lora is a rank of 1 or more, and learnt in the second stage; give it steps")
         if self.batch < 1 or min(self.features, self.answers, self.halting) < 0 or not self.rate > 0:
             raise VtokError("a recipe needs a batch of 1 or more, steps of 0 or more and a rate above 0")
 
@@ -83,10 +91,13 @@ class Distillation:
         The resampler with its reader.
     recipe : Recipe
         How.
+    lora : Lora, optional
+        Of the same model. What it is taught is what the model says without.
     """
 
-    def __init__(self, model: Any, learned: Features, recipe: Recipe) -> None:
+    def __init__(self, model: Any, learned: Features, recipe: Recipe, lora: Lora | None = None) -> None:
         self.model, self.learned, self.recipe = model.eval().requires_grad_(False), learned, recipe
+        self.lora = lora
 
     def pictures(self, batch: Prompts) -> list[Picture]:
         """Visual tokens of a batch's pictures (tiles, frames) where the resampler stands."""
@@ -103,7 +114,7 @@ class Distillation:
         """A step of the second stage: what the model says with prefixes, against what it says with all tokens."""
         inputs = self._inputs(batch)
         target = batch.target.to(inputs["input_ids"].device)
-        with torch.no_grad():
+        with torch.no_grad(), self.lora.off() if self.lora else nullcontext():
             best = self._said(inputs, batch).topk(min(self.recipe.best, self.model.config.get_text_config().vocab_size))
         resampler = self.learned.resampler
         # pictures of no more tokens than a prefix stay whole, and teach nothing
@@ -164,23 +175,30 @@ def distill(
     **sizes
         Fields of ``ResamplerConfig``: ``tokens``, ``width``, ``blocks``, ``scheme``, ``halting``.
 
+    Returns
+    -------
+    OrderedResampler
+        As saved. A change of the language model is in ``out/adapter``, and switched off in ``model``.
+
     Raises
     ------
     VtokError
-        A model of no known family, or sizes that cannot be.
+        A model of no known family, sizes that cannot be, or ``lora`` without peft.
     """
     recipe, out = recipe or Recipe(), Path(out)
     door = files.door(adapter_of(model))
     torch.manual_seed(recipe.seed)
     config = files.made_for(ResamplerConfig(**{"dim": door.dim, "halting": recipe.halting > 0, **sizes}), door)
     learned = Features(OrderedResampler(config), FeatureReader(config)).to(door.device)
-    distillation = Distillation(model, learned, recipe)
+    lora = Lora(model, recipe.lora) if recipe.lora else None
+    distillation = Distillation(model, learned, recipe, lora)
     first = Batches(questions, processor, recipe.batch, 1, f"{recipe.seed}/measure")[0]
     learned.resampler.measure(torch.cat([x for x, _ in distillation.pictures(first)]))
     learned.reader.measure(learned.resampler)
+    changed = [lora] if lora else []
     stages: list[tuple[str, int, Any, list[nn.Module], float]] = [
         ("features", recipe.features, distillation.features, [learned], recipe.rate),
-        ("answers", recipe.answers, distillation.answers, [learned.resampler], recipe.rate / 2),
+        ("answers", recipe.answers, distillation.answers, [learned.resampler, *changed], recipe.rate / 2),
     ]
     if config.halting:
         heads = [learned.resampler.halting, learned.reader]
@@ -189,7 +207,10 @@ def distill(
         if steps:
             what = Stage(name, steps, [(modules, rate)], step, warmup=max(1, min(200, steps // 10)))
             batches = Batches(questions, processor, recipe.batch, steps, f"{recipe.seed}/{name}")
-            train(learned, what, batches, out, workers=workers, resume=resume, console=console)
+            whole = nn.ModuleList([learned, *changed]) if lora else learned
+            train(whole, what, batches, out, workers=workers, resume=resume, console=console)
+    if lora:
+        lora.save(out / "adapter")
     resampler = learned.resampler.eval().requires_grad_(False)
     files.save(resampler, out / "resampler")
     return resampler

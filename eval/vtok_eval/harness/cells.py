@@ -116,7 +116,8 @@ def line_up(
     keeps : sequence of int or float
         Budgets.
     options : mapping
-        Name -> options, for methods given by name: the method's, or the row's (``"late"``; in a chain ``"row.method"``).
+        Name -> options, for methods given by name: the method's, or the row's (``"late"``, in a chain
+        ``"late.fastv"``).
     sizes : sequence of int
         Visual tokens of the images that will come.
     blank : bool
@@ -165,7 +166,7 @@ def resolved(methods: Sequence[Asked], options: Mapping[str, Any]) -> dict[str, 
             if not (re.fullmatch(r"[\w.-]+", row) and asked):
                 raise VtokError(f"{row}={asked} is no row; write its name and what runs in it, such as late=fastv")
         parts = asked.split("+") if isinstance(asked, str) else [asked] if isinstance(asked, Method) else list(asked)
-        chain = []
+        chain: list[Method] = []
         for part in parts:
             owners = _owners(part, row, len(parts) == 1)
             used.update(owners)

@@ -25,8 +25,8 @@ Model = Annotated[
 Methods = Annotated[
     str,
     typer.Option(
-        help='Names with commas between; + composes: "fastv,divprune+random_deep"; name=method is a row of its own with '
-        'options of its own: "fastv,late=fastv" with "-o late.k=5"; or "all".'
+        help='Names with commas between; + composes: "fastv,divprune+random_deep"; name=method is a row with options '
+        'of its own: "fastv,late=fastv" with "-o late.k=5"; or "all".'
     ),
 ]
 Tasks = Annotated[str, typer.Option(help='Names with commas between, or "all".')]
