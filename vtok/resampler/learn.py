@@ -105,10 +105,3 @@ def answer_loss(
     loss = weight * divergence + (1 - weight) * truth
     right = (student.argmax(-1) == target).float().mean().item()
     return loss, {"kl": divergence.item(), "right": right}
-
-
-@torch.no_grad()
-def spread_ratio(module: nn.Module, resampled: Tensor, whole: Tensor) -> float:
-    """How much wider or narrower the language model's input has become: its spread behind ``module`` with the
-    resampler's tokens, over that with all of the model's own. Far from 1 it sees what it was not trained on."""
-    return float(module(resampled).float().std() / module(whole).float().std().clamp_min(1e-9))

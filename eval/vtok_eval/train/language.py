@@ -79,12 +79,12 @@ class Talk(nn.Module):
     model: Any
     mean: Tensor
     spread: Tensor
+    close: float = 0.0
 
     def __init__(self, name: str, model: Any, processor: Any, pool: int = 1) -> None:
         super().__init__()
         self.name, self.model, self.pool, self.symbols = name, model, pool, False
         self.sparse: tuple[float, float] | None = None
-        self.close = 0.0
         self.blend: float | None = None
         self.hints: Hints | None = None
         self.remember = 1
