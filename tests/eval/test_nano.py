@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vtok
+from vtok.errors import VtokError
 from vtok.geometry import randomize
 from vtok_eval import models, scenes
 from vtok_eval.models import nano
+from vtok_eval.models.card import card, command
 from vtok_eval.train.data import Batch, Scenes, Turn
 from vtok_eval.train.language import Talk
 from vtok_eval.train.nano import RECIPES, idle_layers, save, some_layers
@@ -144,3 +147,23 @@ def test_the_fold_changes_nothing() -> None:
 def test_unknown_models_are_named() -> None:
     with pytest.raises(vtok.VtokError, match="nano-llava"):
         models.folder("nano-lava")
+
+
+@pytest.mark.parametrize("name", nano.NANO)
+def test_a_card_is_what_its_results_give(name: str, tmp_path: Path) -> None:
+    """No number in it was written by hand, and none is older than the results beside it."""
+    own = Path(__file__).parents[2] / "model_cards" / name
+    (tmp_path / name).mkdir()
+    for part in ("training.jsonl", "training.md"):
+        shutil.copy(own / part, tmp_path / name)
+    command(name, results=own, out=tmp_path)
+    for part in ("README.md", "tables.md", "results.json"):
+        assert (tmp_path / name / part).read_text() == (own / part).read_text()
+
+
+def test_cards_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(VtokError, match="there is no card for 'other'"):
+        command("other", results=tmp_path, out=tmp_path)
+    results = {"model": {"name": "other"}, "entries": []}
+    with pytest.raises(VtokError, match="a card of nano-qwen needs results of vtok eval --model nano-qwen"):
+        card("nano-qwen", results, [], "")

