@@ -19,6 +19,10 @@ PIXELS = (448 * 448, 476 * 476)
 #: nano-llava's tower starts as DINOv2's, so it takes ImageNet's statistics
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+#: ends a picture in nano-llava's prompts: with nothing between two pictures, and positions that close up, nobody could
+#: say where one ends
+BORDER = ";"
+
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 START, END = "<|im_start|>", "<|im_end|>"
 QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -27,7 +31,7 @@ SPECIAL = (PAD, BOS, EOS, UNK, IMAGE, START, END, *QWEN)
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>" + BORDER + " {% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}</s>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"

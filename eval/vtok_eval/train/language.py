@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vtok_eval.models.nano import END, IMAGE, QWEN, START
+from vtok_eval.models.nano import BORDER, END, IMAGE, QWEN, START
 from vtok_eval.train.data import Batch, Turn, moved
 from vtok_eval.train.hints import Hints
 from vtok_eval.train.labels import CHARACTERS, COLOURS, THINGS, Labels
@@ -109,7 +109,7 @@ class Talk(nn.Module):
         self._marks = {"centre": ids("center"), "framed": ids("frame"), "small": ids("smallest")}
         if name == "nano-llava":
             self.head, self.image = ids("user:"), ids(IMAGE)[0]
-            self.before, self.after, self.ask = [], [], ids("assistant:")
+            self.before, self.after, self.ask = [], ids(BORDER), ids("assistant:")
             self.end = [text.eos_token_id]
         else:
             start, end, self.image, _ = text.convert_tokens_to_ids(QWEN)
