@@ -136,8 +136,8 @@ def command(
     results: Annotated[Path, typer.Option(help="Folder that vtok eval wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of cards.")] = Path("model_cards"),
 ) -> None:
-    """Write out/NAME/README.md, tables.md and results.json from a run's results, and training.jsonl and training.md that
-    lie there."""
+    """Write README.md, tables.md and results.json in out/NAME: from a run's results, and the training.jsonl and
+    training.md that lie there."""
     if name not in ABOUT:
         raise VtokError(f"there is no card for {name!r}; known are {', '.join(ABOUT)}")
     folder = out / name
