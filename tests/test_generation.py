@@ -232,6 +232,28 @@ def test_next_turn_of_text(tiny: Any, family: str, method: str, name: str) -> No
 
 
 @on_every_family
+@pytest.mark.parametrize("method", ENTRY)
+@pytest.mark.parametrize("name", ["one", "ragged"])
+def test_next_turn_on_a_static_cache(tiny: Any, family: str, method: str, name: str) -> None:
+    model = tiny(family)
+    batch = inputs(family, model, SCENARIOS[name])
+    length = batch["input_ids"].shape[1]
+    more = torch.randint(10, 200, (len(batch["input_ids"]), 5), generator=torch.Generator().manual_seed(0))
+    config = model.config.get_text_config()
+
+    def turns(cache: Any) -> Tensor:
+        options = {"disable_compile": True, **GREEDY}
+        first = model.generate(**batch, past_key_values=cache, max_new_tokens=2, **options).sequences
+        ids = torch.cat((first, more), 1)
+        whole = torch.cat((batch["attention_mask"], torch.ones(len(ids), ids.shape[1] - length).long()), 1)
+        second = model.generate(input_ids=ids, attention_mask=whole, past_key_values=cache, max_new_tokens=3, **options)
+        return torch.stack(second.logits)
+
+    vtok.compress(model, method, **settings(method, family))
+    close(turns(StaticCache(config=config, max_cache_len=length + 16)), turns(DynamicCache(config=config)))
+
+
+@on_every_family
 @with_methods
 def test_next_turn_with_only_the_new_tokens(tiny: Any, family: str, method: str) -> None:
     """The same by hand: the new ids alone on the old cache, with a mask and without."""
