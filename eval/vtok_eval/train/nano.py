@@ -82,15 +82,16 @@ _STAGES: dict[str, dict[str, Any]] = {
     # all layers, but few tokens: a third of the time of a step on all of them
     "wide": _SPARSE
     | {
-        "steps": 1500,
+        "steps": 6000,
         "rate": 4e-4,
         "layers": None,
-        "close": 0.6,
+        "close": 0.5,
         "blend": None,
         "scenes": _SPARSE["scenes"]
         | {
             "reuse": 2,
-            "kinds": {"mixed": 0.2, "count": 0.3, "text": 0.22, "detail": 0.28},
+            "pairs": 0.18,
+            "kinds": {"mixed": 0.19, "count": 0.35, "text": 0.22, "detail": 0.24},
             "rare": {"exists": 0.2, "colour": 0.2, "position": 0.2, "objects": 0.6},
         },
     },
