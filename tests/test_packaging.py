@@ -22,7 +22,7 @@ import vtok
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"vtok": "vtok", "vtok_adapters": "adapters", "vtok_kernels": "kernels", "vtok_eval": "eval"}
 """Import name -> top-level folder (the parent of the package, except for vtok itself)."""
-EXTRAS = {"all", "assemble", "dev", "eval", "export", "lmms", "tokenizers", "vllm", "xformers"}
+EXTRAS = {"all", "assemble", "dev", "eval", "export", "lmms", "lora", "tokenizers", "vllm", "xformers"}
 
 
 @pytest.fixture(scope="module")
