@@ -160,11 +160,7 @@ def resolved(methods: Sequence[Asked], options: Mapping[str, Any]) -> dict[str, 
     chains: dict[str, tuple[Method, ...]] = {}
     used: set[str] = set()
     for asked in methods:
-        row = ""
-        if isinstance(asked, str) and "=" in asked:
-            row, _, asked = asked.partition("=")
-            if not (re.fullmatch(r"[\w.-]+", row) and asked):
-                raise VtokError(f"{row}={asked} is no row; write its name and what runs in it, such as late=fastv")
+        row, asked = _row(asked)
         parts = asked.split("+") if isinstance(asked, str) else [asked] if isinstance(asked, Method) else list(asked)
         chain: list[Method] = []
         for part in parts:
@@ -185,6 +181,16 @@ def resolved(methods: Sequence[Asked], options: Mapping[str, Any]) -> dict[str, 
 def drawing(name: str, seed: int) -> dict[str, int]:
     """The option ``seed`` of a method that draws; nothing for one that does not, and for seed 0."""
     return {"seed": seed} if seed and "seed" in getattr(registry().get(name), "__dataclass_fields__", {}) else {}
+
+
+def _row(asked: Asked) -> tuple[str, Asked]:
+    """The name of ``"name=method"`` and what runs in it; no name otherwise."""
+    if not isinstance(asked, str) or "=" not in asked:
+        return "", asked
+    row, _, method = asked.partition("=")
+    if not (re.fullmatch(r"[\w.-]+", row) and method):
+        raise VtokError(f"{asked} is no row; write its name and what runs in it, such as late=fastv")
+    return row, method
 
 
 def _owners(part: Any, row: str, alone: bool) -> list[str]:
