@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vtok_eval.models.nano import BORDER, END, IMAGE, QWEN, START
+from vtok_eval.train.asked import mask, pooled, score
 from vtok_eval.train.data import Batch, Turn, moved
 from vtok_eval.train.hints import Hints
 from vtok_eval.train.labels import CHARACTERS, COLOURS, THINGS, Labels
@@ -265,12 +264,12 @@ class Talk(nn.Module):
             features = [word + share * (own - word) for word, share, own in zip(words, shares, features, strict=True)]
         flat = [grid for own in batch.grids for grid in own]
         if self.pool > 1:
-            features = [_pooled(own, grid, self.pool) for own, grid in zip(features, flat, strict=True)]
+            features = [pooled(own, grid, self.pool) for own, grid in zip(features, flat, strict=True)]
         kept = [torch.arange(len(own)) for own in features] if self.sparse is None else self._kept(batch.labels)
         features = [own[index.to(device)] for own, index in zip(features, kept, strict=True)]
         answers = self.answers(batch, features, kept)
         tasks = [t.task for turns in batch.turns for t in turns]
-        loss, numbers = _score(answers.logits, answers.target, answers.turn, tasks)
+        loss, numbers = score(answers.logits, answers.target, answers.turn, tasks)
         if self.hints is None or self.hints.states is None:
             return loss, numbers
         embed = self.model.get_input_embeddings()
@@ -312,7 +311,7 @@ class Talk(nn.Module):
         inputs = inputs.masked_scatter((ids == self.image)[..., None], torch.cat(features).to(inputs.dtype))
         hidden = self.model.model.language_model(
             inputs_embeds=inputs,
-            attention_mask=_mask(block, inputs.dtype),
+            attention_mask=mask(block, inputs.dtype),
             position_ids=positions if self.name == "nano-qwen" else positions[0],
             use_cache=False,
         ).last_hidden_state
@@ -374,36 +373,3 @@ def _numbered(_: nn.Module, __: Any, output: Tensor) -> Tensor:
     """Each token's number in place of what it is, fp32."""
     shape = output.shape[:-1]
     return torch.arange(shape.numel(), dtype=torch.float32, device=output.device).view(*shape, 1)
-
-
-def _pooled(features: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
-    """(tokens, D) averaged over squares of the grid; the last squares of an odd grid are smaller."""
-    planes = features.view(1, *grid, -1).permute(0, 3, 1, 2)
-    return F.avg_pool2d(planes, pool, ceil_mode=True).flatten(2)[0].T
-
-
-def _mask(block: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, L, L) additive: causal, the prefix (0) for all, a tail for itself, padding (-1) for nobody but itself.
-
-    Dense on purpose: PyTorch's attention kernel for CPUs was three times slower on tails of 14 tokens apart.
-    """
-    same = block[:, :, None] == block[:, None, :]
-    prefix = (block[:, None, :] == 0) & (block[:, :, None] >= 0)
-    length = block.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=block.device).tril()
-    seen = (same | prefix) & causal
-    return torch.zeros(seen.shape, dtype=dtype, device=block.device).masked_fill(~seen, float("-inf"))[:, None]
-
-
-def _score(logits: Tensor, target: Tensor, turn: Tensor, tasks: list[str]) -> tuple[Tensor, dict[str, float]]:
-    each = F.cross_entropy(logits, target, reduction="none")
-    _, number = turn.unique_consecutive(return_inverse=True)
-    count = len(tasks)
-    zeros = torch.zeros(count, device=logits.device)
-    sizes = zeros.index_add(0, number, torch.ones_like(each))
-    loss = (zeros.index_add(0, number, each) / sizes).mean()
-    wrong = zeros.index_add(0, number, (logits.argmax(-1) != target).float())
-    right: dict[str, list[float]] = defaultdict(list)
-    for task, misses in zip(tasks, wrong.tolist(), strict=True):
-        right[task].append(float(misses == 0))
-    return loss, {task: sum(own) / len(own) for task, own in sorted(right.items())}
