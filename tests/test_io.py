@@ -17,7 +17,7 @@ from torch import Tensor
 import vtok
 from vtok.api import session_of
 from vtok.errors import VtokError
-from vtok.io import CONFIG
+from vtok.io import CONFIG, is_folder
 from vtok.method import _REGISTRY, Method
 from vtok.view import View
 
@@ -119,6 +119,17 @@ def test_settings_alone_go_onto_another_model(tiny: Any, tmp_path: Path, caplog:
         vtok.load(tmp_path)
     with pytest.raises(VtokError, match="dtype go to from_pretrained, but a model was given"):
         vtok.load(tmp_path, model=other, dtype=torch.float16)
+
+
+def test_a_folder_of_results_hides_no_model_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nano").mkdir()
+    assert is_folder("nano")
+    assert not is_folder("nano", {"nano"})
+    assert not is_folder("absent", {"nano"})
+    assert is_folder("./nano", {"nano"})
+    Path("nano", "config.json").write_text("{}")
+    assert is_folder("nano", {"nano"})
 
 
 def test_keywords_reach_from_pretrained(tiny: Any, tmp_path: Path) -> None:

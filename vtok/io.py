@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,22 @@ def load(folder: str | Path, *, model: nn.Module | None = None, **kw: Any) -> An
     if family != config.get("family", family):
         logger.warning("vtok: the settings in %s are of a %s, this is a %s", folder, config["family"], family)
     return compress(model, methods, keep=config["keep"], positions=config["positions"])
+
+
+def is_folder(name: str, known: Collection[str] = ()) -> bool:
+    """Whether a name is meant as a folder that is here.
+
+    A folder without a model that is called as a known model is not: results that were written to ``nano-llava`` would
+    hide the model of that name from the next run.
+
+    Parameters
+    ----------
+    name : str
+        A folder, or any other name of a model.
+    known : collection of str
+        What else goes by a name.
+    """
+    return Path(name).is_dir() and (name not in known or (Path(name) / "config.json").is_file())
 
 
 def plain(folder: str | Path, **kw: Any) -> Any:

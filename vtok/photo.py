@@ -13,7 +13,7 @@ from vtok.api import compress, report, session_of
 from vtok.budget import check_keep
 from vtok.errors import VtokError
 from vtok.geometry import geometries, geometry, inputs_of
-from vtok.io import CONFIG, load, plain
+from vtok.io import CONFIG, is_folder, load, plain
 from vtok.method import resolve
 from vtok.progress import progress
 from vtok.report import Report
@@ -82,7 +82,7 @@ def _network(
     model: str, methods: Sequence[str] | None, keep: int | float | None, options: Mapping[str, Any]
 ) -> tuple[Any, bool]:
     """The compressed model, and whether its weights are random."""
-    random = not Path(model).is_dir()
+    random = not is_folder(model, geometries())
     if random and model not in geometries():
         raise VtokError(f"{model} is neither a folder nor one of the geometries {', '.join(geometries())}")
     saved = methods is None and not random and (Path(model) / CONFIG).is_file()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 import vtok
+from vtok.export.source import _folder
 from vtok_eval import models, tasks
 from vtok_eval.answering import Answerer
+from vtok_eval.harness.loading import folder_of, model_of
 from vtok_eval.models import nano
 
 SEES = ("colour", "position", "exists")
@@ -39,6 +42,16 @@ def share_right(name: str, model: Any, processor: Any, seen: Callable[[Image.Ima
             (answer,) = answerer.answer([answerer.prompt([{"role": "user", "content": content}])])
             right.append(tasks.right(answer.text, sample))
     return sum(right) / len(right)
+
+
+def test_results_may_be_called_as_their_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nano-llava").mkdir()
+    for found in (folder_of("nano-llava"), _folder("nano-llava")):
+        assert found is not None
+        assert (found / "config.json").is_file()
+    with pytest.raises(vtok.VtokError, match="holds no model"):
+        model_of("./nano-llava")
 
 
 def test_it_sees(embedded: tuple[str, Any, Any]) -> None:

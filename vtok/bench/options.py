@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from PIL import Image
 
 from vtok.api import adapter_of, methods
 from vtok.errors import VtokError
+from vtok.io import is_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,13 +56,13 @@ def budget_of(text: str) -> int | float:
 
 def model_of(name: str, dtype: torch.dtype, device: str) -> Any:
     """A folder's model, or a geometry with random weights."""
-    if Path(name).is_dir():
+    from vtok.geometry import geometries, geometry
+
+    if is_folder(name, geometries()):
         from transformers import AutoModelForImageTextToText
 
         loaded: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
         return loaded.to(device).eval()
-    from vtok.geometry import geometry
-
     return geometry(name, dtype, device)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from vtok.errors import VtokError
 from vtok.geometry import geometries, geometry
-from vtok.io import plain
+from vtok.io import is_folder, plain
 
 #: installed packages register models by name: name -> folder
 GROUP = "vtok.models"
@@ -59,9 +59,9 @@ def load(name: str) -> tuple[Any, Any]:
 
 def _folder(name: str) -> Path | None:
     """The folder of a name; ``None`` where it is a geometry or a hub id."""
-    if Path(name).is_dir():
-        return Path(name)
     named = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if is_folder(name, {*named, *geometries()}):
+        return Path(name)
     if name in named:
         return Path(named[name].load()(name))
     if name in geometries() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):

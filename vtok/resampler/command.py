@@ -89,12 +89,12 @@ def _loaded(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    from vtok.io import plain
+    from vtok.io import is_folder, plain
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise VtokError(f"dtype {dtype!r} is unknown; take float32, bfloat16 or float16")
     named = {entry.name: entry for entry in entry_points(group=MODELS)}
-    source = str(named[model].load()(model)) if model in named and not Path(model).is_dir() else model
+    source = str(named[model].load()(model)) if model in named and not is_folder(model, named) else model
     try:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
             auto: Any = transformers.AutoModelForImageTextToText

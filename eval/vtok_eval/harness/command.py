@@ -50,6 +50,8 @@ def command(
     import torch
     import transformers
 
+    from vtok.io import is_folder
+    from vtok_eval import models
     from vtok_eval.harness import table
     from vtok_eval.harness.cells import resolved
     from vtok_eval.harness.loading import load, place
@@ -83,7 +85,7 @@ def command(
                 keeps,
                 asked,
                 out,
-                name=Path(model).resolve().name if Path(model).is_dir() else model,
+                name=Path(model).resolve().name if is_folder(model, models.MODELS) else model,
                 options=own,
                 limit=limit,
                 batch_size=batch_size,

@@ -9,6 +9,7 @@ import torch
 
 from vtok.errors import VtokError
 from vtok.geometry import geometries, geometry
+from vtok.io import is_folder
 from vtok_eval import models
 from vtok_eval.harness.ranks import Ranks
 
@@ -48,7 +49,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]
     VtokError
         Nothing of that name, or nothing that transformers can load.
     """
-    if name in geometries() and not Path(name).is_dir():
+    if name in geometries() and not is_folder(name, geometries()):
         from vtok_eval.harness.letters import processor_of
 
         model = geometry(name, dtype, device)
@@ -64,7 +65,7 @@ def folder_of(name: str) -> Path | None:
     VtokError
         Nothing of that name.
     """
-    if Path(name).is_dir():
+    if is_folder(name, models.MODELS):
         return Path(name)
     if name in models.MODELS:
         return models.folder(name)
