@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -358,6 +359,8 @@ def test_variants_change_one_thing() -> None:
     assert len(set(found.values())) == len(found)
     fixed = candidates.variants(candidates.chains(["fastv"], {"fastv": {"k": 4}}), LLAVA, {"fastv": {"k": 4}})
     assert list(fixed) == ["fastv(k=4)"]
+    shallow = dataclasses.replace(LLAVA, depth=3)
+    assert set(candidates.variants(candidates.chains(["fastv"], {}), shallow, {})) == {"fastv", "fastv(k=1)"}
     assert candidates.chains(["random"], {}, seed=5)[0][0].seed == 5
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vtok.bench.contest import title
 from vtok.budget import check_keep
+from vtok.engine.plan import stages_of
 from vtok.errors import VtokError
 from vtok.method import Method, get, resolve
 from vtok.view import Shape
@@ -79,9 +80,21 @@ def _changes(method: Method, shape: Shape) -> list[dict[str, Any]]:
     names = {item.name for item in dataclasses.fields(method)}
     unique: list[dict[str, Any]] = []
     for change in found:
-        if change and set(change) <= names and change not in unique and dataclasses.replace(method, **change) != method:
+        if not change or not set(change) <= names or change in unique:
+            continue
+        changed = dataclasses.replace(method, **change)
+        if changed != method and _acts(changed, shape):
             unique.append(change)
-    return [change for change in unique if 0 < change.get("k", 1) < shape.depth]
+    return unique
+
+
+def _acts(method: Method, shape: Shape) -> bool:
+    """Whether this model has the layers that a method acts at: published settings are of models with 32."""
+    try:
+        stages_of(method, shape)
+    except VtokError:
+        return False
+    return True
 
 
 def grid(sizes: Sequence[int], wanted: Iterable[int | float] = ()) -> list[int | float]:
