@@ -127,7 +127,7 @@ def test_join_keeps_both_parts():
 def test_prompt_of_training_is_the_prompt_of_the_template():
     model, processor = base()
     text = processor.tokenizer
-    chat = recipe.Chat(model, processor)
+    chat = recipe.Chat(model, processor, nn.ModuleList())
     turn = recipe.Turn("objects", text("What is it?", add_special_tokens=False).input_ids, [65])
     row = chat._row([(8, 8)], [turn])
     assert row["ids"][:-2] == asked(processor, "What is it?").input_ids[0].tolist()
@@ -141,8 +141,7 @@ def test_prompt_of_training_is_the_prompt_of_the_template():
 def test_every_question_sees_its_picture_and_itself_only():
     model, processor = base()
     student = recipe.Student(model, processor)
-    student.chat.pool = 1
-    stream = student.scenes("pooled", 2, 9)
+    stream = student.scenes("sparse", 2, 9)
     batch = next(batch for batch in map(stream.__getitem__, range(9)) if len(batch.grids[0]) == 1)
     alone = []
     with torch.autocast("cpu", torch.bfloat16):
@@ -275,9 +274,9 @@ def test_steps_lower_the_loss(stage: str):
 @pytest.mark.grad
 def test_training_run_writes_a_delta_that_assembles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recipe, "RECIPE", {name: own | {"size": 2} for name, own in recipe.RECIPE.items()})
-    target = recipe.train(tmp_path, steps={"tower": 2, "pooled": 1, "whole": 1}, base=base())
+    target = recipe.train(tmp_path, steps={"tower": 2, "sparse": 1, "whole": 1}, base=base())
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [line.split('"')[3] for line in lines] == ["tower", "pooled", "whole", "check", "check"]
+    assert [line.split('"')[3] for line in lines] == ["tower", "sparse", "whole", "check", "check"]
     change = load_file(target)
     assert all(value.dtype == torch.bfloat16 for name, value in change.items() if "lora" in name)
     monkeypatch.setattr(small, "base", base)
@@ -285,7 +284,7 @@ def test_training_run_writes_a_delta_that_assembles(tmp_path: Path, monkeypatch:
     assert (folder / "model.safetensors").is_file()
     assert small.assemble(folder) == folder  # needs no delta any more
     # a second run finds every stage done and writes the same delta
-    again = load_file(recipe.train(tmp_path, steps={"tower": 2, "pooled": 1, "whole": 1}, base=base()))
+    again = load_file(recipe.train(tmp_path, steps={"tower": 2, "sparse": 1, "whole": 1}, base=base()))
     assert all(torch.equal(change[name], value) for name, value in again.items())
 
 
