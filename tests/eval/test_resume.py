@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from vtok.errors import VtokError
-from vtok_eval.harness import store
+from vtok_eval.harness import again, store
 from vtok_eval.harness.asking import Asking
 
 from . import tiny
 
 BUILT = tiny.build("llava")
+alone_app = typer.Typer()
+alone_app.command()(again.command)
 SMALL: dict[str, Any] = {
     "built": BUILT,
     "methods": ["random", "divprune"],
@@ -218,3 +222,41 @@ def test_results_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(TypeError):
         store.write_json(tmp_path / "a.json", {"a": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+# -- made again
+
+
+def test_a_run_made_again_says_the_same(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    results = tiny.run("llava", first, **SMALL)
+    tiny.run("llava", second, **SMALL)
+    found = {one.entry: one for one in again.compare(first, second)}
+    assert list(found) == [entry["id"] for entry in results["entries"] if entry["status"] != "refused"]
+    assert all((one.asked, one.answers, one.kept, one.apart) == (4, 0, 0, None) for one in found.values())
+    assert CliRunner().invoke(alone_app, [str(first), str(second)]).exit_code == 0
+    # another answer, other tokens, and a share that is off
+    rows = [json.loads(line) for line in (second / store.SAMPLES).read_text().splitlines()]
+    changed = [row for row in rows if row["entry"] == "divprune@16"][:2]
+    changed[0]["answer"] += "!"
+    changed[1]["kept"] = ["0f"]
+    (second / store.SAMPLES).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folder, share in ((first, 0.93), (second, 0.97)):
+        timed = json.loads((folder / store.RESULTS).read_text())
+        next(e for e in timed["entries"] if e["id"] == "random@16")["timing"] = {"share": {"median": share}}
+        (folder / store.RESULTS).write_text(json.dumps(timed))
+    found = {one.entry: one for one in again.compare(first, second)}
+    assert (found["divprune@16"].answers, found["divprune@16"].kept) == (1, 1)
+    assert found["random@16"].apart == pytest.approx(4)
+    said = CliRunner().invoke(alone_app, [str(first), str(second)])
+    assert said.exit_code == 1
+    assert "1 with other answers or tokens; 1 more than 3 points off" in said.output
+
+
+def test_runs_without_a_question_in_common_are_not_compared(tmp_path: Path) -> None:
+    tiny.run("llava", tmp_path / "first", **SMALL)
+    with pytest.raises(VtokError, match="holds no results of vtok eval"):
+        again.compare(tmp_path / "first", tmp_path)
+    tiny.run("llava", tmp_path / "second", **SMALL | {"tasks": [tiny.task("other", count=4)]})
+    with pytest.raises(VtokError, match="no question in common"):
+        again.compare(tmp_path / "first", tmp_path / "second")
