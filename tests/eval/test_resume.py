@@ -250,7 +250,7 @@ def test_a_run_made_again_says_the_same(tmp_path: Path) -> None:
     assert found["random@16"].apart == pytest.approx(4)
     said = CliRunner().invoke(alone_app, [str(first), str(second)])
     assert said.exit_code == 1
-    assert "1 with other answers or tokens; 1 more than 3 points off" in said.output
+    assert "1 with other answers or tokens; 1 over 3 points off" in said.output
 
 
 def test_runs_without_a_question_in_common_are_not_compared(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 from vtok.cli import alone
 from vtok.errors import VtokError
 from vtok_eval.harness.store import RESULTS, SAMPLES, Key, key_of, read
-from vtok_eval.render.markdown import table
+from vtok_eval.render.markdown import NONE, table
 
 #: points of the share of the random ceiling by which medians of two runs on one machine may differ
 POINTS = 3.0
@@ -91,15 +91,15 @@ def _share(entry: Mapping[str, Any]) -> float | None:
 
 def page(found: list[Same]) -> str:
     """A markdown table, a row an entry."""
-    number = lambda value, form: "–" if value is None else form.format(value)  # noqa: E731
+    number = lambda value: NONE if value is None else f"{value:.1f}"  # noqa: E731
     rows = [
         [
             same.entry,
             str(same.asked),
             str(same.answers),
             str(same.kept),
-            *(number(share, "{:.1f}") for share in same.shares),
-            number(same.apart, "{:.1f}"),
+            *(number(share) for share in same.shares),
+            number(same.apart),
         ]
         for same in found
     ]
