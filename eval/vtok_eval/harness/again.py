@@ -13,7 +13,8 @@ import typer
 from vtok.cli import alone
 from vtok.errors import VtokError
 from vtok_eval.harness.store import RESULTS, SAMPLES, Key, key_of, read
-from vtok_eval.render.markdown import NONE, table
+from vtok_eval.render.markdown import table
+from vtok_eval.render.words import NONE
 
 #: points of the share of the random ceiling by which medians of two runs on one machine may differ
 POINTS = 3.0
@@ -118,9 +119,7 @@ def command(
     typer.echo(page(found))
     other = sum(same.answers + same.kept > 0 for same in found)
     off = [same.entry for same in found if (same.apart or 0) > within]
-    typer.echo(
-        f"\n{len(found)} entries; {other} with other answers or tokens; {len(off)} more than {within:g} points off"
-    )
+    typer.echo(f"\n{len(found)} entries; {other} with other answers or tokens; {len(off)} over {within:g} points off")
     if other or off:
         raise typer.Exit(1)
 
