@@ -37,6 +37,12 @@ fold exactly, position embeddings and full attention in windowed layers have no 
 (`vtok_eval/models/surgery.py`).""",
 }
 
+#: plots of a run, and what they show
+PICTURES = {
+    "curves.png": "Accuracy against visual tokens, task by task",
+    "pareto.png": "Accuracy against the speed-up of the prefill",
+}
+
 USE = """\
 ```python
 import vtok
@@ -51,7 +57,14 @@ or, without vtok's evaluation part, `AutoModelForImageTextToText.from_pretrained
 word or two. It knows {words} words and {concepts} objects; it is for measuring compression, and no assistant."""
 
 
-def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], command: str, notes: str = "") -> str:
+def card(
+    name: str,
+    results: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
+    command: str,
+    notes: str = "",
+    pictures: Sequence[str] = (),
+) -> str:
     """The text of a model card.
 
     Parameters
@@ -66,6 +79,8 @@ def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
         That trained it.
     notes : str
         How the shipped weights' training differed from what the command does, if it did.
+    pictures : sequence of str
+        Which of ``PICTURES`` lie beside the card.
 
     Raises
     ------
@@ -97,6 +112,7 @@ def card(name: str, results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
         "## Compressed",
         f"`{results['command']}` on {results['machine']['device']}, torch {results['machine']['torch']}, "
         f"transformers {results['machine']['transformers']}.",
+        *(f"![{says}]({file})" for file, says in PICTURES.items() if file in pictures),
         summary_markdown(results).rstrip(),
         "Every task at every budget: [tables.md](tables.md).",
         "## Training",
@@ -147,12 +163,16 @@ def command(
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     folder.mkdir(parents=True, exist_ok=True)
     notes = folder / "training.md"
+    pictures = [file for file in PICTURES if (results / file).is_file()]
+    for file in pictures:
+        (folder / file).write_bytes((results / file).read_bytes())
     text = card(
         name,
         found,
         lines,
         f"python -m vtok_eval.train {name}",
         notes.read_text(encoding="utf-8") if notes.is_file() else "",
+        pictures,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "tables.md").write_text(page_markdown(Run(found)), encoding="utf-8")
