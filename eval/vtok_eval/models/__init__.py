@@ -12,7 +12,7 @@ from vtok.errors import VtokError
 #: name -> what it is
 MODELS = {
     "nano-llava": "LLaVA, 336 px, 576 visual tokens, 12.5 M parameters, trained on the bundled scenes",
-    "nano-qwen": "Qwen2.5-VL, any size, 256 visual tokens and more, 13.1 M parameters, trained on the bundled scenes",
+    "nano-qwen": "Qwen2.5-VL, any size, 324 visual tokens and more, 13.1 M parameters, trained on the bundled scenes",
     "small-llava": "LLaVA of DINOv2-small and SmolLM2-135M-Instruct, assembled at first use from two packages",
 }
 

@@ -30,7 +30,7 @@ six blocks of DINOv2-small (a linear reading of objects in crowded scenes was be
 the feed-forward neurons cut. Layer scale and the patch bias fold into other weights; CLIP's first norm is made to do
 nothing (`vtok_eval/models/surgery.py`).""",
     "nano-qwen": """\
-`Qwen2_5_VLForConditionalGeneration` of transformers: native resolution between 448 x 448 and 476 x 476 pixels in any
+`Qwen2_5_VLForConditionalGeneration` of transformers: native resolution between 504 x 504 and 532 x 532 pixels in any
 aspect ratio, 2x2 merger, windows of 112 pixels in every other of 6 layers of width 384, M-RoPE; a language model of 12
 layers of width 160. Its tower starts as DINOv2-small's first six blocks, as far as they fit: norms and feed-forwards
 fold exactly, position embeddings and full attention in windowed layers have no counterpart and were learnt again

@@ -13,9 +13,9 @@ NANO = ("nano-llava", "nano-qwen")
 
 #: pixels along a side of nano-llava's picture: 24 x 24 patches, as in LLaVA-1.5
 SIDE = 336
-#: fewest and most pixels that nano-qwen's processor makes of a picture: 256 tokens of 28 x 28 pixels, a few more where
+#: fewest and most pixels that nano-qwen's processor makes of a picture: 324 tokens of 28 x 28 pixels, a few more where
 #: the aspect ratio asks for it
-PIXELS = (448 * 448, 476 * 476)
+PIXELS = (504 * 504, 532 * 532)
 #: nano-llava's tower starts as DINOv2's, so it takes ImageNet's statistics
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
