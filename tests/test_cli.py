@@ -20,6 +20,7 @@ from vtok.api import session_of
 from vtok.budget import solve
 from vtok.errors import VtokError
 from vtok.geometry import geometry
+from vtok.values import option_value
 
 from .models import build
 
@@ -166,6 +167,26 @@ def test_show_refuses_in_one_sentence(photo: Path, folder: Path, tmp_path: Path)
     out = ("--out", tmp_path / "out.nonsense")
     assert "cannot write the picture" in refused("show", photo, "--model", folder, *out)
     assert "holds no model" in refused("show", photo, "--model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("0.5", 0.5),
+        ("null", None),
+        ("None", None),  # as messages name it
+        ("True", True),
+        ("false", False),
+        ("[1, 2]", (1, 2)),
+        ("last", "last"),
+        ("none", "none"),  # a kind of quantiser
+        ("", ""),
+    ],
+)
+def test_values_of_options(text: str, value: Any) -> None:
+    found = option_value(text)
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_demo(photo: Path, tmp_path: Path) -> None:

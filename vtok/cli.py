@@ -18,6 +18,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from vtok.errors import VtokError
+from vtok.values import option_value
 
 #: sub-commands that live elsewhere: name -> "module:function", or an app with sub-commands of its own; imported when
 #: asked for, absent while the module is
@@ -284,11 +285,7 @@ def _option(text: str) -> tuple[str, Any]:
         raise VtokError(f"--option {text} is not of the form name=value, such as k=3")
     if name == "keep":
         raise VtokError("the budget is no option of a method; give it as --keep")
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
-    return name, tuple(parsed) if isinstance(parsed, list) else parsed
+    return name, option_value(value)
 
 
 def _quiet() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from vtok.errors import VtokError
 from vtok.geometry import geometries
 from vtok.io import CONFIG, load
 from vtok.method import Method, get, registry
+from vtok.values import option_value
 from vtok_eval import models
 from vtok_eval.harness import loading
 from vtok_eval.harness.ranks import Ranks
@@ -184,10 +184,7 @@ def _options(method: str) -> list[str]:
 def _value(given: Any) -> Any:
     """An option as JSON reads it: ``null``, lists as tuples; a harness may have made -1 a float."""
     if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            return None if given.lower() == "none" else given
+        given = None if given.lower() == "none" else option_value(given)
     if isinstance(given, float) and given < 0 and given.is_integer():
         return int(given)
     return tuple(given) if isinstance(given, list) else given

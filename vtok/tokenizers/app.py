@@ -10,6 +10,7 @@ import typer
 
 from vtok.errors import VtokError
 from vtok.resampler.command import distill
+from vtok.values import option_value
 
 app = typer.Typer(
     add_completion=False,
@@ -212,10 +213,7 @@ def _option(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise VtokError(f"--option {text} is not of the form name=value, such as tokens=64")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, {"True": True, "False": False}.get(value, value)
+    return name, option_value(value)
 
 
 def _count(text: str | None) -> int | str | None:

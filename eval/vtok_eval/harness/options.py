@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import typer
 
 from vtok.budget import check_keep
 from vtok.errors import VtokError
+from vtok.values import option_value
 from vtok_eval import tasks
 from vtok_eval.harness.loading import DTYPES
 from vtok_eval.samples import Task
@@ -96,11 +96,7 @@ def method_options(given: Sequence[str] | None) -> dict[str, dict[str, Any]]:
         method, dot, name = path.rpartition(".")
         if not (sign and dot and method and name):
             raise VtokError(f"--option {text} is not of the form method.name=value, such as fastv.k=3")
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
-        found.setdefault(method, {})[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+        found.setdefault(method, {})[name] = option_value(value)
     return found
 
 
