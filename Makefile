@@ -22,7 +22,7 @@ help:
 	@echo "make clean   remove .venv, caches and build folders"
 
 # methods of all three sites beside random pruning; a folder that is there is gone on with, so the second run is quick
-DEMO := --method flowcut,visionzip,divprune,fastv,random --keep 128,64 --limit 12 --time-samples 4
+DEMO := --method flowcut,visionzip,divprune,fastv,random --keep 128,64 --limit 10 --time-samples 2
 
 demo: $(READY)-eval
 	$(BIN)/vtok eval --model nano-llava $(DEMO) --out demo_output/nano-llava
