@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +10,14 @@ import typer
 
 from vtok.cli import alone
 from vtok.errors import VtokError
-from vtok_eval.harness.store import RESULTS, SAMPLES, Key, key_of, read
+from vtok_eval.harness.store import SAMPLES, Key, key_of, read
+from vtok_eval.render import results
 from vtok_eval.render.markdown import table
-from vtok_eval.render.words import NONE
+from vtok_eval.render.words import percent
 
 #: points of the share of the random ceiling by which medians of two runs on one machine may differ
 POINTS = 3.0
+SHARE = ("timing", "share", "median")
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Same:
     answers, kept : int
         Of these, such that were answered otherwise, and such of which other tokens stayed.
     shares : tuple of (float or None)
-        Of the random ceiling's speed, in percent: the first run's median and the second's.
+        Of the random ceiling's speed: the first run's median and the second's.
     """
 
     entry: str
@@ -46,7 +46,7 @@ class Same:
     def apart(self) -> float | None:
         """Points between the two shares; ``None`` where a run was not timed."""
         first, second = self.shares
-        return None if first is None or second is None else abs(first - second)
+        return None if first is None or second is None else 100 * abs(first - second)
 
 
 def compare(first: Path, second: Path) -> list[Same]:
@@ -69,7 +69,7 @@ def compare(first: Path, second: Path) -> list[Same]:
     if not any(same.asked for same in found.values()):
         raise VtokError(f"{first} and {second} answered no question in common; give two runs of one model")
     for name, same in found.items():
-        same.shares = _share(entries[name]), _share(others[name])
+        same.shares = entries[name].number(*SHARE), others[name].number(*SHARE)
     return [same for same in found.values() if same.asked]
 
 
@@ -77,30 +77,20 @@ def _lines(folder: Path) -> dict[Key, dict[str, Any]]:
     return {key_of(line): line for line in read(folder / SAMPLES)}
 
 
-def _entries(folder: Path) -> dict[str, Mapping[str, Any]]:
+def _entries(folder: Path) -> dict[str, results.Entry]:
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        return {entry["id"]: entry for entry in results["entries"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VtokError(f"{folder} holds no results of vtok eval ({error}); give it the folder of --out") from error
-
-
-def _share(entry: Mapping[str, Any]) -> float | None:
-    median = ((entry.get("timing") or {}).get("share") or {}).get("median")
-    return None if median is None else 100 * float(median)
+        return {entry.id: entry for entry in results.read(folder).entries}
+    except VtokError as error:
+        raise VtokError(f"{folder} holds no results of vtok eval to compare: {error}") from None
 
 
 def page(found: list[Same]) -> str:
     """A markdown table, a row an entry."""
-    number = lambda value: NONE if value is None else f"{value:.1f}"  # noqa: E731
     rows = [
         [
-            same.entry,
-            str(same.asked),
-            str(same.answers),
-            str(same.kept),
-            *(number(share) for share in same.shares),
-            number(same.apart),
+            *(same.entry, str(same.asked), str(same.answers), str(same.kept)),
+            *(percent(share) for share in same.shares),
+            percent(None if same.apart is None else same.apart / 100),
         ]
         for same in found
     ]

@@ -2,7 +2,7 @@
 
 Low-rank changes of DINOv2-small and SmolLM2, and a projector. First the tower learns to say what every token looks at,
 and the projector to say it in the language model's own words; then questions are answered, over a part of the tokens
-first (three times cheaper, and what a compressed picture is like), over all tokens at the end.
+first (cheaper, and what a compressed picture is like), over all tokens at the end.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ class Student:
         """A stage of ``RECIPE`` for the training loop."""
         own = RECIPE[name]
         self.chat.sparse, self.chat.close = own.get("sparse"), own.get("close", 0.0)
-        self.chat.remember = own.get("scenes", {}).get("mixed", 1)
+        self.chat.remember = own["scenes"].get("mixed", 1)
         groups = [([self.parts[part]], rate) for part, rate in own["rates"].items()]
         step = self.eyes.step if name == "tower" else self.chat.step
         return Stage(name, steps, groups, step, warmup=max(1, min(100, steps // 10)), decay=0.01)
