@@ -170,7 +170,7 @@ def test_merged_is_what_was_trained():
     merge(model, change)
     torch.testing.assert_close(model(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
     assert (plain - model(**inputs).logits).abs().max() > 0.01
-    assert len(change) == 2 * (6 * 6 + 7 * 6) + 1
+    assert len(change) == 2 * (3 * 6 + 6 * 7) + 1  # of six blocks the last three, and six layers
 
 
 def test_delta_that_does_not_fit():

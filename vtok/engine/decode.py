@@ -83,12 +83,9 @@ class Decode:
             pass
         else:
             if held.layer not in self.masks:
+                padding = joined(held, self.tail, hidden, self.cache, number)
                 self.masks[held.layer] = create_causal_mask(
-                    config=self.adapter.text.config,
-                    inputs_embeds=hidden,
-                    attention_mask=joined(held, self.tail, hidden, self.cache, number),
-                    past_key_values=self.cache,
-                    layer_idx=number,
+                    self.adapter.text.config, hidden, padding, self.cache, layer_idx=number
                 )
             kwargs["attention_mask"] = self.masks[held.layer]
         if self.state.reindex and self.positions is not None:

@@ -237,12 +237,9 @@ class Prefill:
     def _mask(self, position: int, hidden: Tensor) -> Any:
         if position not in self.masks:
             mask = self.segments[position].mask
-            self.masks[position] = create_causal_mask(
-                config=self.adapter.text.config,
-                inputs_embeds=hidden,
-                attention_mask=None if mask is None else mask.long().to(hidden.device),
-                past_key_values=None,
-            )
+            padding = None if mask is None else mask.long().to(hidden.device)
+            # by place: transformers renames the last one, the cache, in 5.24
+            self.masks[position] = create_causal_mask(self.adapter.text.config, hidden, padding, None)
         return self.masks[position]
 
     @torch.no_grad()  # a recomputed layer does not cut again, and must save no fewer tensors than the first time

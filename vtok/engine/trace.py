@@ -72,7 +72,7 @@ class Trace:
         text: Any = self.adapter.text
         hidden = _gather(self.hidden[first], index)
         rotary = tuple(_gather(part, index) for part in self.rotary[first])
-        mask = create_causal_mask(config=text.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
+        mask = create_causal_mask(text.config, hidden, None, None)
         for number in range(first, len(text.layers)):
             hidden = text.layers[number](hidden, attention_mask=mask, position_embeddings=rotary)
             if number < len(self.planes):

