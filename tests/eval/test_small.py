@@ -288,6 +288,25 @@ def test_training_run_writes_a_delta_that_assembles(tmp_path: Path, monkeypatch:
     assert all(torch.equal(change[name], value) for name, value in again.items())
 
 
+@pytest.mark.grad
+def test_training_goes_on_from_a_finished_delta(tmp_path: Path):
+    first = recipe.train(tmp_path / "first", steps={"tower": 2, "sparse": 1}, base=base())
+    student = recipe.Student(*base(), seed=1)  # another projector, which the delta replaces
+    student.load(first)
+    change, again = load_file(first), student.delta()
+    for name, value in change.items():
+        torch.testing.assert_close(again[name].float(), value.float(), rtol=1e-3, atol=1e-5)
+    target = recipe.train(tmp_path / "second", steps={"tower": 2, "sparse": 1}, base=base(), start=first)
+    assert not (tmp_path / "second" / "tower.safetensors").exists() and target.is_file()
+    save_file({name: value for name, value in change.items() if "layers.0" not in name}, tmp_path / "part.safetensors")
+    with pytest.raises(VtokError, match="changes other layers"):
+        student.load(tmp_path / "part.safetensors")
+    wider = {name: torch.cat((value, value)) if name.endswith("lora_down") else value for name, value in change.items()}
+    save_file(wider, tmp_path / "wider.safetensors")
+    with pytest.raises(VtokError, match=r"has rank 64 at .*, not 32"):
+        student.load(tmp_path / "wider.safetensors")
+
+
 def test_projector_starts_loud_and_standardised():
     model, _ = base()
     projector = model.model.multi_modal_projector

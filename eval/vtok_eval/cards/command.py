@@ -125,9 +125,8 @@ def _measured(run: Run, name: str) -> Run:
 
 
 def _licence(name: str, licence: str | None) -> dict[str, Any]:
-    from vtok_eval.models import MODELS
-    from vtok_eval.models.card import LICENCES
+    from vtok_eval.models.about import ABOUT
 
-    if Path(name).name in MODELS:
-        return {"licence": licence or "apache-2.0", "licences": LICENCES}
+    if Path(name).name in ABOUT:
+        return {"licence": licence or "apache-2.0", "licences": ABOUT[Path(name).name].licences}
     return {"licence": licence or "other"}

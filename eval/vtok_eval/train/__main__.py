@@ -30,10 +30,13 @@ def command(
     source: Annotated[
         Path | None, typer.Option("--model", help="Folder of the model that a resampler is for; the embedded one else.")
     ] = None,
+    start: Annotated[Path | None, typer.Option(help="small-llava: a finished delta.safetensors to go on from.")] = None,
 ) -> None:
     """Train an embedded model; interrupted, the same command goes on."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = out or Path("runs") / model
+    if start is not None and model != "small-llava":
+        raise VtokError(f"--start is for small-llava; a run of {model} goes on from the checkpoints in {folder}")
     if model in MODELS[:2]:
         from vtok_eval.train import nano
 
@@ -41,7 +44,7 @@ def command(
     elif model == "small-llava":
         from vtok_eval.train import small
 
-        small.train(folder, scale=scale, seed=seed, device=place, workers=workers, resume=resume)
+        small.train(folder, scale=scale, seed=seed, device=place, workers=workers, resume=resume, start=start)
     elif model in RESAMPLERS:
         from vtok_eval.train import resampler
 
