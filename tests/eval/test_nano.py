@@ -154,8 +154,9 @@ def test_a_card_is_what_its_results_give(name: str, tmp_path: Path) -> None:
     """No number in it was written by hand, and none is older than the results beside it."""
     own = Path(__file__).parents[2] / "model_cards" / name
     (tmp_path / name).mkdir()
-    for part in ("training.jsonl", "training.md"):
-        shutil.copy(own / part, tmp_path / name)
+    for part in ("training.jsonl", "training.md", "photographs.md"):
+        if (own / part).is_file():
+            shutil.copy(own / part, tmp_path / name)
     second = own if (own / "budgets.json").is_file() else None
     command(name, results=own, out=tmp_path, budgets=second)
     for part in ("README.md", "tables.md", "results.json", *(["budgets.json"] if second else [])):

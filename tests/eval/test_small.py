@@ -25,7 +25,7 @@ import vtok
 from vtok.errors import VtokError
 from vtok.geometry import randomize
 from vtok_eval import assets
-from vtok_eval.models import small
+from vtok_eval.models import photographs, small
 from vtok_eval.models.delta import merge
 from vtok_eval.train import lora
 from vtok_eval.train import small as recipe
@@ -236,6 +236,17 @@ def test_every_method_compresses_it(served: tuple[Any, Any], method: str):
     finally:
         vtok.restore(model)
     assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_photographs_are_asked_about(served: tuple[Any, Any], tmp_path: Path):
+    model, processor = served
+    lines = photographs.answers(model, processor, "tiny", ["divprune", "tome"], keep=40).splitlines()
+    assert lines[0] == "| photograph | question | a person | plain | divprune 40 | tome 40 |"
+    assert len(lines) == 2 + len(photographs.QUESTIONS) and lines[2].startswith(
+        "| coffee | What is it? | coffee, cup |"
+    )
+    with pytest.raises(VtokError, match="there is no folder"):
+        photographs.command("nano-llava", out=tmp_path / "none")
 
 
 def test_a_list_of_feature_layers_is_refused():

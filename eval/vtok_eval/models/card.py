@@ -13,6 +13,7 @@ from vtok.cli import alone
 from vtok.errors import VtokError
 from vtok_eval.harness.store import RESULTS
 from vtok_eval.models.about import ABOUT
+from vtok_eval.models.photographs import FILE
 from vtok_eval.render.markdown import page_markdown, summary_markdown, table
 from vtok_eval.render.results import Run
 
@@ -34,6 +35,7 @@ def card(
     notes: str = "",
     pictures: Sequence[str] = (),
     budgets: Mapping[str, Any] | None = None,
+    photographs: str = "",
 ) -> str:
     """The text of a model card.
 
@@ -53,6 +55,8 @@ def card(
         Which of ``PICTURES`` lie beside the card.
     budgets : mapping, optional
         Results with more methods and budgets on fewer questions: what is told of compression is theirs.
+    photographs : str
+        What ``vtok_eval.models.photographs`` wrote.
 
     Raises
     ------
@@ -90,6 +94,7 @@ def card(
         *(f"![{says}]({file})" for file, says in PICTURES.items() if file in pictures),
         summary_markdown(compressed).rstrip(),
         "Every task at every budget: [tables.md](tables.md).",
+        *(_photographs(name, photographs) if photographs else []),
         "## Training",
         f"`{command}`; the log is beside this card. Scenes are drawn on the fly: no picture comes twice.",
         *([notes.strip()] if notes.strip() else []),
@@ -98,6 +103,11 @@ def card(
         ABOUT[name].licences,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _photographs(name: str, answers: str) -> list[str]:
+    says = "None of these was in any training; questions and answers, all of them: no choice was made."
+    return ["## Photographs", f"{says} `python -m vtok_eval.models.photographs {name}`", answers.strip()]
 
 
 def _made(results: Mapping[str, Any]) -> str:
@@ -151,7 +161,7 @@ def command(
     log = folder / "training.jsonl"
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     folder.mkdir(parents=True, exist_ok=True)
-    notes = folder / "training.md"
+    notes, photographs = folder / "training.md", folder / FILE
     pictures = [file for file in PICTURES if (source.parent / file).is_file()]
     for file in pictures:
         (folder / file).write_bytes((source.parent / file).read_bytes())
@@ -163,6 +173,7 @@ def command(
         notes.read_text(encoding="utf-8") if notes.is_file() else "",
         pictures,
         json.loads(compressed) if budgets else None,
+        photographs.read_text(encoding="utf-8") if photographs.is_file() else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "tables.md").write_text(page_markdown(Run(json.loads(compressed))), encoding="utf-8")

@@ -55,7 +55,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     },
     "sparse": {
         "size": 4,
-        "steps": 1200,
+        "steps": 420,
         "rates": {"projector": 1e-3, "decoder": 7e-4},
         "sparse": (1.0, 0.4),
         # vtok closes the positions of LLaVA's tokens up; plain pictures do not
@@ -65,7 +65,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     },
     "whole": {
         "size": 4,
-        "steps": 40,
+        "steps": 16,
         "rates": {"projector": 2e-4, "decoder": 2e-4},
         "close": 0.5,
         "scenes": _ASKED,
@@ -77,7 +77,7 @@ GPU = 4
 
 
 class Asked(Scenes):
-    """Scenes whose questions come as people and harnesses put them: half in capitals, half with the instruction."""
+    """Scenes whose questions come as people and harnesses put them: half in capitals, many with the instruction."""
 
     def __getitem__(self, step: int) -> Batch:
         batch = super().__getitem__(step)
@@ -86,7 +86,7 @@ class Asked(Scenes):
         return batch
 
     def _put(self, turn: Turn, rng: random.Random) -> Turn:
-        capital, instructed = rng.random() < 0.5, rng.random() < 0.5
+        capital, instructed = rng.random() < 0.5, rng.random() < 0.4
         question = self.processor.tokenizer.decode(turn.question)
         question = question[:1].upper() + question[1:] if capital else question
         return Turn(turn.task, self._ids(question + f"\n{INSTRUCTION}" * instructed), turn.answer)
@@ -120,7 +120,7 @@ class Chat(Talk):
 
     def _kept(self, truth: list[Labels]) -> list[Tensor]:
         """As `Talk._kept`, but one share for the whole batch: rows of one length, and little padding."""
-        shares = torch.rand(2) ** 3 * torch.tensor(self.sparse)
+        shares = torch.rand(2) ** 4 * torch.tensor(self.sparse)
         found = []
         for own in truth:
             shown = ((own.thing > 0) | own.framed).flatten()
@@ -271,7 +271,7 @@ class Student:
         first.weight.mul_(self.standard.spread)
 
     @torch.no_grad()
-    def check(self, batches: int = 12, size: int = 8) -> dict[str, dict[str, float]]:
+    def check(self, batches: int = 8, size: int = 4) -> dict[str, dict[str, float]]:
         """Share of right answers by task on scenes of a stream of their own: as they are, and with a blank picture.
 
         An answer is right when every token is the likeliest one, the end included: what greedy decoding would write.
@@ -360,7 +360,7 @@ def train(
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(student.delta(), target, metadata={"format": "pt", "seed": str(seed), "scale": str(scale)})
     with (folder / "log.jsonl").open("a") as log:
-        for pictures, right in student.check(12 if steps is None else 1).items():
+        for pictures, right in student.check(8 if steps is None else 1).items():
             numbers = {task: round(share, 4) for task, share in right.items()}
             log.write(json.dumps({"stage": "check", "pictures": pictures, **numbers}) + "\n")
     return target
