@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.api import session_of
+from vtok.engine.cache import cache_of
 
 
 @dataclass
@@ -139,7 +140,7 @@ def masked(
 
     def before(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         past = int(cache.get_seq_length(layer)) if cache is not None else 0
         new = x.shape[1]
         total = past + new

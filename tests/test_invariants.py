@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import vtok
 from vtok.api import session_of
+from vtok.engine.cache import cache_of
 
 from .conftest import LLAVA, METHODS, PAIRS, SHARED, anatomy, settings, site
 from .models import FAMILIES, QWEN, SCENARIOS, Batch, close, inputs, pad_right, real_of, scenarios, single, visual_mask
@@ -427,7 +428,7 @@ def check_contiguous_positions(model: PreTrainedModel, batch: Batch) -> None:
     seen: list[tuple[Tensor, int, int]] = []
 
     def before(number: int, module: Any, args: tuple, kwargs: dict) -> None:
-        past = kwargs["past_key_values"].get_seq_length(number)
+        past = cache_of(kwargs).get_seq_length(number)
         seen.append((kwargs["position_embeddings"][0], past, args[0].shape[1]))
 
     handles = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from vtok.engine.cache import cache_of
 from vtok.engine.host import on_device
 from vtok.engine.prefill import Prefill
 from vtok.protocol import Adapter
@@ -125,7 +126,7 @@ def step(
         prompt_length: columns of the prompt that ``generate`` was given.
     """
     kwargs = dict(kwargs)
-    embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
+    embeds, cache = kwargs["inputs_embeds"], cache_of(kwargs)
     given = kwargs.get("attention_mask")
     if isinstance(given, Mapping):
         given = given.get("full_attention")
@@ -167,7 +168,7 @@ def _refed(state: CacheState, kwargs: Mapping[str, Any], mask: Any, prompt_lengt
     new = kwargs["inputs_embeds"].shape[1]
     if new == 1 or state.first.width == state.full:
         return 0
-    seen = state.full + int(kwargs["past_key_values"].get_seq_length()) - state.first.width
+    seen = state.full + int(cache_of(kwargs).get_seq_length()) - state.first.width
     if isinstance(mask, Tensor) and mask.ndim == 2:
         whole = mask.shape[1]
     elif prompt_length is not None and seen < prompt_length and new < prompt_length:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtok.budget import Counts
 from vtok.engine import decode
+from vtok.engine.cache import cache_in, cache_of
 from vtok.engine.plan import Plan
 from vtok.engine.prefill import Prefill, padding_of
 from vtok.engine.spans import Encoding, Span, locate
@@ -120,7 +121,7 @@ class Language:
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self._run = None
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        embeds, cache = kwargs.get("inputs_embeds"), cache_of(kwargs)
         if embeds is None:
             return None
         state = getattr(cache, STATE, None)
@@ -202,9 +203,7 @@ class Language:
         self._refed = 0
         if not isinstance(run, Prefill) or output is None:
             return None
-        cache = (
-            getattr(output, "past_key_values", None) if not isinstance(output, tuple) else kwargs.get("past_key_values")
-        )
+        cache = cache_of(kwargs) if isinstance(output, tuple) else cache_in(output)
         if cache is not None:
             setattr(cache, STATE, decode.CacheState.after(run))
         self.last = run

@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask
 import vtok_kernels as kernels
 from vtok.budget import Counts
 from vtok.engine import rows
+from vtok.engine.cache import cache_of
 from vtok.engine.host import on_device
 from vtok.engine.segments import Segment
 from vtok.engine.spans import Span
@@ -133,7 +134,7 @@ class Prefill:
     def _input_mask(self, kwargs: Mapping[str, Any], segment: Segment) -> Tensor | None:
         if segment.mask is not None:
             return segment.mask.long()
-        if kwargs.get("past_key_values") is None:
+        if cache_of(kwargs) is None:
             # without a mask and a cache, gaps in the position ids would be taken for packed sequences
             return torch.ones_like(segment.index)
         return None

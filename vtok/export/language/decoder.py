@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.api import adapter_of
+from vtok.engine.cache import CACHE
 from vtok.errors import VtokError
 from vtok.export.language.attention import causal_mask, exported_attention
 
@@ -129,8 +130,8 @@ class Decoder(nn.Module):
                     hidden,
                     attention_mask=mask,
                     position_embeddings=rotary,
-                    past_key_values=cache,
                     use_cache=True,
+                    **{CACHE: cache},
                 )
         return self.head(text.norm(hidden[:, -1:])), cache.present
 
