@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 OLD, NEW = "past_key_values", "cache"
@@ -15,9 +16,11 @@ CACHE = NEW if NEW in inspect.signature(create_causal_mask).parameters else OLD
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
-    """The cache that a forward was given, under either name."""
-    found = kwargs.get(NEW)
-    return kwargs.get(OLD) if found is None else found
+    """The cache that a forward was given, by any name: with one overlooked a decoding step passes for a prompt."""
+    for name in (NEW, OLD):
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
 
 
 def cache_in(output: Any) -> Any:
