@@ -140,11 +140,35 @@ def test_distil_a_folder_from_the_command_line(name: str, folder: Path, tmp_path
     assert files.load(said["folder"]).leave.weight.abs().max() > 0
 
 
+@pytest.fixture
+def peft() -> None:
+    """Skips where peft is missing, or not the one that this transformers asks for."""
+    from vtok.resampler.lora import Lora
+
+    pytest.importorskip("peft")
+    try:
+        Lora(nano.blank("nano-llava", scenes.words())[0], 1)
+    except vtok.VtokError as error:
+        pytest.skip(str(error))
+
+
+def test_an_unfit_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtok.resampler.lora import Lora
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("The version of PEFT you are using is not compatible")
+
+    pytest.importorskip("peft")
+    model, _ = nano.blank("nano-llava", scenes.words())
+    monkeypatch.setattr(model, "add_adapter", refuse)
+    with pytest.raises(vtok.VtokError, match=r"does not work with this peft .* upgrade peft"):
+        Lora(model, 1)
+
+
 @pytest.mark.grad
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short", "peft")
 @pytest.mark.parametrize("name", NANO)
 def test_a_low_rank_change_is_learnt_along(name: str, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     model, processor = nano.blank(name, scenes.words())
     for part in (model, processor):
         part.save_pretrained(tmp_path / "model")
@@ -183,7 +207,13 @@ def test_what_lora_cannot_change(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setitem(sys.modules, "peft", None)
         with pytest.raises(vtok.VtokError, match="lora needs peft"):
             Lora(model, 4)
-    pytest.importorskip("peft")
+
+
+@pytest.mark.usefixtures("peft")
+def test_a_second_change_is_refused() -> None:
+    from vtok.resampler.lora import Lora
+
+    model, _ = nano.blank("nano-llava", scenes.words())
     lora = Lora(model, 4)
     assert len(lora.changes) == 2 * 2 * 12
     with pytest.raises(vtok.VtokError, match="already has an adapter"):

@@ -30,7 +30,7 @@ class Lora(nn.Module):
     Raises
     ------
     VtokError
-        peft is not installed, or ``model`` already has changes that peft put there.
+        peft is not installed or unfit for this transformers, or ``model`` already has changes that peft put there.
     """
 
     model: Any
@@ -53,7 +53,14 @@ class Lora(nn.Module):
         ]
         if not inner:
             raise VtokError(f"lora changes {' and '.join(TARGETS)} of the decoder's layers, and this one has none")
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=inner), NAME)
+        try:
+            model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=inner), NAME)
+        except (ValueError, ImportError) as error:
+            # 5.24 asks for peft 0.22 before there is one
+            raise VtokError(
+                f"this transformers does not work with this peft ({error}); upgrade peft, take an older transformers, "
+                "or leave lora out"
+            ) from error
         # the model is not a part of this one: a checkpoint holds the change alone
         object.__setattr__(self, "model", model)
         self.changes = nn.ParameterList(p for name, p in model.named_parameters() if f".{NAME}." in name)
