@@ -64,7 +64,7 @@ class Eyes(Tower):
         cut = [own.window(*window) for own in truth]
         tokens = states[self.layer][:, 1:]
         loss, numbers = self.heads.loss(tokens.flatten(0, 1), states[-1][:, 0], cut)
-        target, known = self._targets(cut, grid, window)
+        target, known = self.targets(cut, grid, window)
         said = self.projector(tokens.flatten(0, 1))[known].float()
         near = F.cosine_similarity(said, target[known], dim=-1).mean()
         loss, numbers["word"] = loss + 1 - near, near.item()
@@ -81,7 +81,7 @@ class Eyes(Tower):
                 hidden = layer(hidden)
         return hidden
 
-    def _targets(
+    def targets(
         self, truth: list[Labels], grid: tuple[int, int], window: tuple[int, int, int, int]
     ) -> tuple[Tensor, Tensor]:
         """(n, D) sum of the words for what each token looks at and where, and (n,) bool where there is anything."""

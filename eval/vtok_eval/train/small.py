@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from vtok.errors import VtokError
-from vtok.training import Stage, halves, mixed
+from vtok.training import Stage, done, halves, mixed
 from vtok.training import train as run_stage
 from vtok_eval import scenes
 from vtok_eval.models import small
@@ -30,6 +31,7 @@ from vtok_eval.train.data import Batch, Scenes, Turn, moved, prepared
 from vtok_eval.train.eyes import Eyes
 from vtok_eval.train.labels import Labels
 from vtok_eval.train.language import Talk
+from vtok_eval.train.spelling import Draws, Spelling
 
 #: the first three blocks stay as they are: nothing is kept of them for a backward pass
 TOWER_LAYERS = r"vision_tower\.encoder\.layer\.([3-9]|\d\d)\.(attention\.[qkvo]_proj|mlp\.fc[12])$"
@@ -53,10 +55,18 @@ RECIPE: dict[str, dict[str, Any]] = {
         "rates": {"tower": 5e-4, "heads": 2e-3, "projector": 1e-3},
         "scenes": {"crowds": 0.8},
     },
+    "words": {
+        "size": 8,
+        "steps": 1500,
+        "rates": {"projector": 1e-3},
+        # so many batches of pictures, seen once
+        "pictures": 70,
+        "scenes": {"crowds": 0.5},
+    },
     "sparse": {
         "size": 4,
         "steps": 340,
-        "rates": {"projector": 1e-3, "decoder": 7e-4},
+        "rates": {"projector": 2e-4, "decoder": 7e-4},
         "sparse": (1.0, 0.4),
         # vtok closes the positions of LLaVA's tokens up; plain pictures do not
         "close": 0.5,
@@ -213,6 +223,9 @@ class Student:
             # the fused kernel for CPUs takes a third of a step under a mask, most of it backward
             model.model.language_model.config._attn_implementation = "eager"
             self.eyes, self.chat = Eyes(model, processor, tower).to(place), Chat(model, processor, tower)
+            width = model.config.text_config.hidden_size
+            loud = LOUDNESS * float(model.get_input_embeddings().weight.float().std()) * width**0.5
+            self.spelling = Spelling(model, self.eyes, loud)
         if compiled:
             for layer in (*model.model.vision_tower.encoder.layer, *model.model.language_model.layers):
                 layer.compile(dynamic=True)
@@ -225,7 +238,7 @@ class Student:
         self.chat.sparse, self.chat.close = own.get("sparse"), own.get("close", 0.0)
         self.chat.remember = own["scenes"].get("mixed", 1)
         groups = [([self.parts[part]], rate) for part, rate in own["rates"].items()]
-        step = self.eyes.step if name == "tower" else self.chat.step
+        step = {"tower": self.eyes.step, "words": self.spelling.step}.get(name, self.chat.step)
         return Stage(name, steps, groups, step, warmup=max(1, min(100, steps // 10)), decay=0.01)
 
     def scenes(self, name: str, size: int, steps: int) -> Scenes:
@@ -324,7 +337,7 @@ def train(
     base : tuple of (model, processor), optional
         Another model than the two packages' (tests).
     start : str or Path, optional
-        A finished delta to go on from: what it has learnt to see stays, the tower's stage is left out.
+        A finished delta to go on from: what it has learnt to see and to name stays, the first two stages are left out.
 
     Returns
     -------
@@ -348,12 +361,19 @@ def train(
     if start is not None:
         student.load(Path(start))
     for name, own in RECIPE.items():
-        if start is not None and name == "tower":
+        if start is not None and name in ("tower", "words"):
             continue
         count = steps.get(name, 0) if steps is not None else max(1, round(own["steps"] * scale))
         if count:
             size = own["size"] * (GPU if device.startswith("cuda") else 1)
-            data = student.scenes(name, size, count)
+            data: Dataset = student.scenes(name, size, count)
+            if "pictures" in own:
+                if resume and done(folder, name, count):
+                    run_stage(student.parts, student.stage(name, count), Draws(count), folder)
+                    continue
+                shown = own["pictures"] if steps is None else 1
+                student.spelling.collect(student.scenes(name, size, max(1, round(shown * scale))))
+                data = Draws(count)
             torch.compiler.reset()  # both models' layers share eight compiled variants; each stage needs others
             run_stage(student.parts, student.stage(name, count), data, folder, workers=workers, resume=resume)
     target = folder / "model" / small.DELTA
