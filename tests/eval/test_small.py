@@ -264,6 +264,8 @@ def test_steps_lower_the_loss(stage: str):
     batch = student.scenes(stage, 2, 1)[0]
     frozen = copy.deepcopy({name: p for name, p in student.model.named_parameters() if name.endswith("base.weight")})
     student.parts.requires_grad_(False)
+    if stage == "words":
+        student.spelling.collect(student.scenes(stage, 2, 2))
     weights = [p for modules, _ in plan.groups for module in modules for p in module.parameters()]
     for p in weights:
         p.requires_grad_(True)
@@ -285,9 +287,9 @@ def test_steps_lower_the_loss(stage: str):
 @pytest.mark.grad
 def test_training_run_writes_a_delta_that_assembles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recipe, "RECIPE", {name: own | {"size": 2} for name, own in recipe.RECIPE.items()})
-    target = recipe.train(tmp_path, steps={"tower": 2, "sparse": 1, "whole": 1}, base=base())
+    target = recipe.train(tmp_path, steps={"tower": 2, "words": 2, "sparse": 1, "whole": 1}, base=base())
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [line.split('"')[3] for line in lines] == ["tower", "sparse", "whole", "check", "check"]
+    assert [line.split('"')[3] for line in lines] == ["tower", "words", "sparse", "whole", "check", "check"]
     change = load_file(target)
     assert all(value.dtype == torch.bfloat16 for name, value in change.items() if "lora" in name)
     monkeypatch.setattr(small, "base", base)
@@ -295,7 +297,7 @@ def test_training_run_writes_a_delta_that_assembles(tmp_path: Path, monkeypatch:
     assert (folder / "model.safetensors").is_file()
     assert small.assemble(folder) == folder  # needs no delta any more
     # a second run finds every stage done and writes the same delta
-    again = load_file(recipe.train(tmp_path, steps={"tower": 2, "sparse": 1, "whole": 1}, base=base()))
+    again = load_file(recipe.train(tmp_path, steps={"tower": 2, "words": 2, "sparse": 1, "whole": 1}, base=base()))
     assert all(torch.equal(change[name], value) for name, value in again.items())
 
 
@@ -316,6 +318,33 @@ def test_training_goes_on_from_a_finished_delta(tmp_path: Path):
     save_file(wider, tmp_path / "wider.safetensors")
     with pytest.raises(VtokError, match=r"has rank 64 at .*, not 32"):
         student.load(tmp_path / "wider.safetensors")
+
+
+@pytest.mark.grad
+def test_the_projector_learns_words_at_one_length():
+    """From cached features: what it says of a token comes near the token's words, and as loud as asked for."""
+    student = recipe.Student(*base())
+    student.spelling.collect(student.scenes("words", 2, 2))
+    assert len(student.spelling.seen) == len(student.spelling.wanted) and len(student.spelling.centres) > 0
+    # what is cached enters the projector as a picture's tokens do
+    batch = student.scenes("words", 2, 2)[0]
+    with torch.no_grad():
+        tokens = torch.cat(student.chat.features(batch.images)).float()
+        cached = student.spelling.projector(student.spelling.seen).float()
+    apart = torch.cdist(cached, tokens, compute_mode="donot_use_mm_for_euclid_dist")
+    found = apart.min(1).values < 1e-3
+    assert found.sum() >= sum(int(own.centre.sum()) for own in batch.labels)
+    optimizer = torch.optim.AdamW(student.spelling.projector.requires_grad_(True).parameters(), lr=3e-3)
+    first, last = None, {}
+    for number in range(60):
+        torch.manual_seed(number)
+        loss, last = student.spelling.step(number)
+        first = first or last
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert last["thing"] > first["thing"] + 0.1 and last["word"] > first["word"]
+    assert abs(last["loud"] - 1) < 0.3
 
 
 def test_projector_starts_loud_and_standardised():

@@ -65,7 +65,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     },
     "sparse": {
         "size": 4,
-        "steps": 340,
+        "steps": 1500,
         "rates": {"projector": 2e-4, "decoder": 7e-4},
         "sparse": (1.0, 0.4),
         # vtok closes the positions of LLaVA's tokens up; plain pictures do not
@@ -75,7 +75,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     },
     "whole": {
         "size": 4,
-        "steps": 8,
+        "steps": 60,
         "rates": {"projector": 2e-4, "decoder": 2e-4},
         "close": 0.5,
         "scenes": _ASKED,
