@@ -130,7 +130,7 @@ def train(
 
 
 def halves(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16; a CPU without them takes three times as long as in fp32."""
+    """Whether a device has instructions for bfloat16; a CPU without them takes far longer than in fp32."""
     if device.type != "cpu":
         return True
     found = torch.cpu.get_capabilities()

@@ -149,7 +149,9 @@ def peft() -> None:
     try:
         Lora(nano.blank("nano-llava", scenes.words())[0], 1)
     except vtok.VtokError as error:
-        pytest.skip(str(error))
+        if "does not work with this peft" not in str(error):
+            raise
+        pytest.skip(f"peft and transformers do not fit: {error}")
 
 
 def test_an_unfit_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

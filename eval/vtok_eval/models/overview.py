@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,6 @@ import typer
 
 from vtok.cli import alone
 from vtok.errors import VtokError
-from vtok_eval.models.card import BUDGETS
 from vtok_eval.models.nano import NANO
 from vtok_eval.render.markdown import table
 from vtok_eval.render.results import Entry, Run, read
@@ -37,15 +35,6 @@ def overview(runs: Sequence[Run]) -> str:
         ["grey picture", *(percent(run.blank.accuracy()) if run.blank else NONE for run, _ in cells)],
     ]
     return "\n".join(table(heads, rows))
-
-
-def _read(folder: Path) -> Run:
-    """A card's results; those of its second run, which has more budgets, where it has one."""
-    return (
-        Run(json.loads((folder / BUDGETS).read_text(encoding="utf-8")))
-        if (folder / BUDGETS).is_file()
-        else read(folder)
-    )
 
 
 def _cell(entry: Entry | None) -> str:
@@ -74,7 +63,7 @@ def command(
     if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[1]:
         raise VtokError(f"{readme} has no place for the table; mark it with {BEGIN} and {END}")
     before, after = text.split(BEGIN)
-    made = overview([_read(cards / name) for name in NANO])
+    made = overview([read(cards / name) for name in NANO])
     readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{after.split(END, 1)[1]}", encoding="utf-8")
     typer.echo(f"wrote {readme}")
 

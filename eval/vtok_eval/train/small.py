@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vtok.errors import VtokError
-from vtok.training import Stage, done, halves, mixed
+from vtok.training import Stage, halves, mixed
 from vtok.training import train as run_stage
 from vtok_eval import scenes
 from vtok_eval.models import small
@@ -59,8 +59,6 @@ RECIPE: dict[str, dict[str, Any]] = {
         "size": 8,
         "steps": 1500,
         "rates": {"projector": 1e-3},
-        # so many batches of pictures, seen once
-        "pictures": 70,
         "scenes": {"crowds": 0.5},
     },
     "sparse": {
@@ -82,8 +80,9 @@ RECIPE: dict[str, dict[str, Any]] = {
     },
 }
 
-
 GPU = 4
+#: batches of pictures whose tokens the stage of words draws from
+PICTURES = 70
 
 
 class Asked(Scenes):
@@ -367,12 +366,8 @@ def train(
         if count:
             size = own["size"] * (GPU if device.startswith("cuda") else 1)
             data: Dataset = student.scenes(name, size, count)
-            if "pictures" in own:
-                if resume and done(folder, name, count):
-                    run_stage(student.parts, student.stage(name, count), Draws(count), folder)
-                    continue
-                shown = own["pictures"] if steps is None else 1
-                student.spelling.collect(student.scenes(name, size, max(1, round(shown * scale))))
+            if name == "words":  # steps draw tokens of a few batches
+                student.spelling.stream = student.scenes(name, size, min(count, PICTURES))
                 data = Draws(count)
             torch.compiler.reset()  # both models' layers share eight compiled variants; each stage needs others
             run_stage(student.parts, student.stage(name, count), data, folder, workers=workers, resume=resume)

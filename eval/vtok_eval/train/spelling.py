@@ -36,7 +36,14 @@ class Spelling(nn.Module):
         The tower, trained, and the words.
     loud : float
         Length of a visual token.
+
+    Attributes
+    ----------
+    stream : Scenes or None
+        What the first step collects features from.
     """
+
+    stream: Scenes | None = None
 
     def __init__(self, model: Any, eyes: Eyes, loud: float) -> None:
         super().__init__()
@@ -72,6 +79,8 @@ class Spelling(nn.Module):
 
     def step(self, _: Any) -> tuple[Tensor, dict[str, float]]:
         """Loss of a draw."""
+        if self.stream is not None and not len(self.seen):
+            self.collect(self.stream)
         eyes = self.parts[1]
         half = self.centres[torch.randint(len(self.centres), (DRAWN // 2,)).to(self.centres.device)]
         index = torch.cat((half, torch.randint(len(self.seen), (DRAWN // 2,)).to(half.device)))
