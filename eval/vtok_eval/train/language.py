@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,12 +248,16 @@ class Talk(nn.Module):
     def _kept(self, truth: list[Labels]) -> list[Tensor]:
         """(kept,) indices of the tokens of every picture that stay."""
         found = []
-        for own in truth:
+        for own, shares in zip(truth, self._shares(), strict=False):
             shown = ((own.thing > 0) | own.framed).flatten()
-            shares = torch.rand(2) ** 2 * torch.tensor(self.sparse)
             stays = torch.rand(len(shown)) < torch.where(shown, shares[0], shares[1])
             found.append((stays | own.centre.flatten()).nonzero()[:, 0])
         return found
+
+    def _shares(self) -> Iterator[Tensor]:
+        """(2,) shares that stay of what is shown and of the background, picture by picture, without an end."""
+        while True:
+            yield torch.rand(2) ** 2 * torch.tensor(self.sparse)
 
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Mean loss over the questions, each weighing the same, and the share of answers that are right, by task."""

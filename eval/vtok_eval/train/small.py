@@ -11,7 +11,8 @@ import json
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from vtok_eval.samples import INSTRUCTION
 from vtok_eval.train import lora
 from vtok_eval.train.data import Batch, Scenes, Turn, moved, prepared
 from vtok_eval.train.eyes import Eyes
-from vtok_eval.train.labels import Labels
 from vtok_eval.train.language import Talk
 from vtok_eval.train.spelling import Draws, Spelling
 
@@ -127,15 +127,9 @@ class Chat(Talk):
         self.image = processor.image_token_id
         self.ask, self.end = ids("<|im_end|>\n<|im_start|>assistant\n"), [text.eos_token_id]
 
-    def _kept(self, truth: list[Labels]) -> list[Tensor]:
-        """As `Talk._kept`, but one share for the whole batch: rows of one length, and little padding."""
-        shares = torch.rand(2) ** 4 * torch.tensor(self.sparse)
-        found = []
-        for own in truth:
-            shown = ((own.thing > 0) | own.framed).flatten()
-            stays = torch.rand(len(shown)) < torch.where(shown, shares[0], shares[1])
-            found.append((stays | own.centre.flatten()).nonzero()[:, 0])
-        return found
+    def _shares(self) -> Iterator[Tensor]:
+        """One pair for the whole batch: rows of one length, and little padding."""
+        return repeat(torch.rand(2) ** 4 * torch.tensor(self.sparse))
 
     def read(self, images: dict[str, Tensor]) -> list[Tensor]:
         """`features`, with a gradient for the tower's changes where they learn."""
