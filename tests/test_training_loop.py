@@ -71,6 +71,21 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
     assert not done(tmp_path / "a", "line", 41) and not done(tmp_path / "a", "other", 40)
 
 
+def test_the_logs_means_do_not_hang_on_the_first_batch(tmp_path: Path) -> None:
+    model = Line()
+    counted = iter(range(1, 41))
+
+    def step(batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        number = float(next(counted))
+        return model.step(batch)[0], {"number": number, **({"rare": number} if number == 40 else {})}
+
+    train(model, Stage("line", 40, [([model.layer], 0.05)], step, warmup=4), Draws(), tmp_path)
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    weights = [0.98**age for age in range(40)]
+    mean = sum(weight * (40 - age) for age, weight in enumerate(weights)) / sum(weights)
+    assert line["number"] == pytest.approx(mean, abs=1e-3) and line["rare"] == 40
+
+
 def test_a_run_without_a_number_stops(tmp_path: Path) -> None:
     model = Line()
     with torch.no_grad():

@@ -101,7 +101,7 @@ def train(
         Subset(data, range(first, stage.steps)), batch_size=None, num_workers=workers, collate_fn=same
     )
     started = saved_at = time.monotonic()
-    mean: dict[str, float] = {}
+    mean = _Means()
     with _bar(console) as bar:
         task = bar.add_task(stage.name, total=stage.steps, completed=first, note="")
         for number, batch in enumerate(batches, first):
@@ -116,17 +116,34 @@ def train(
             loss.backward()
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
             optimizer.step()
-            for key, value in {"loss": loss.item(), **numbers}.items():
-                mean[key] = value if key not in mean else 0.98 * mean[key] + 0.02 * value
-            bar.update(task, advance=1, note=f"loss {mean['loss']:.3f}")
+            mean.add({"loss": loss.item(), **numbers})
+            means = mean.now()
+            bar.update(task, advance=1, note=f"loss {means['loss']:.3f}")
             now, done = time.monotonic(), number + 1
             if done % 50 == 0 or done == stage.steps:
                 line = {"stage": stage.name, "step": done, "seconds": round(now - started, 1)}
                 with log.open("a") as file:
-                    file.write(json.dumps(line | {key: round(value, 4) for key, value in mean.items()}) + "\n")
+                    file.write(json.dumps(line | {key: round(value, 4) for key, value in means.items()}) + "\n")
             if now - saved_at > every or done == stage.steps:
                 saved_at = now
                 _save(checkpoint, done, model, optimizer if done < stage.steps else None)
+
+
+class _Means:
+    """Running means over about 50 values each; young ones are means of what there is, not bound to the first."""
+
+    def __init__(self, keep: float = 0.98) -> None:
+        self.keep = keep
+        self.sums: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, numbers: dict[str, float]) -> None:
+        for key, value in numbers.items():
+            self.sums[key] = self.keep * self.sums.get(key, 0.0) + value
+            self.weights[key] = self.keep * self.weights.get(key, 0.0) + 1
+
+    def now(self) -> dict[str, float]:
+        return {key: total / self.weights[key] for key, total in self.sums.items()}
 
 
 def halves(device: torch.device) -> bool:
