@@ -18,6 +18,7 @@ from vtok.errors import VtokError
 from vtok.geometry import randomize
 from vtok_eval import models, scenes
 from vtok_eval.models import nano, overview
+from vtok_eval.models.about import ABOUT
 from vtok_eval.models.card import card, command
 from vtok_eval.train.data import Batch, Scenes, Turn
 from vtok_eval.train.language import Talk
@@ -149,7 +150,7 @@ def test_unknown_models_are_named() -> None:
         models.folder("nano-lava")
 
 
-@pytest.mark.parametrize("name", nano.NANO)
+@pytest.mark.parametrize("name", ABOUT)
 def test_a_card_is_what_its_results_give(name: str, tmp_path: Path) -> None:
     """No number in it was written by hand, and none is older than the results beside it."""
     own = Path(__file__).parents[2] / "model_cards" / name
@@ -157,8 +158,10 @@ def test_a_card_is_what_its_results_give(name: str, tmp_path: Path) -> None:
     for part in ("training.jsonl", "training.md", "photographs.md"):
         if (own / part).is_file():
             shutil.copy(own / part, tmp_path / name)
-    command(name, results=own, out=tmp_path)
-    for part in ("README.md", "tables.md", "results.json"):
+    measured = (own / "results.json").is_file()
+    assert measured or name not in nano.NANO
+    command(name, results=own if measured else None, out=tmp_path)
+    for part in ("README.md", "tables.md", "results.json")[: 3 if measured else 1]:
         assert (tmp_path / name / part).read_text() == (own / part).read_text()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,31 @@ def test_assemble_once_and_load_plainly(tmp_path: Path, monkeypatch: pytest.Monk
     again, other = small.load()
     assert again.dtype == torch.bfloat16 and type(other) is type(processor)
     assert again.generation_config.eos_token_id == 2
+
+
+def test_the_shipped_delta_fits_the_recipe_and_the_two_models():
+    """By names and shapes, without their weights: DINOv2-small's and SmolLM2-135M's own dimensions."""
+    path = small.shipped() / small.DELTA
+    assert path.stat().st_size < 20e6
+    found = {name: value.to("meta") for name, value in load_file(path).items()}
+    eyes = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=14)
+    mouth = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(small.configured(eyes, mouth, image=4))
+    merge(model, found)  # raises where a name or shape does not fit
+    changed = {name.removesuffix(".lora_down") for name in found if name.endswith(".lora_down")}
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert changed == {
+        name for name in layers if re.search(recipe.TOWER_LAYERS, name) or re.search(recipe.DECODER_LAYERS, name)
+    }
 
 
 def test_no_delta(tmp_path: Path):

@@ -139,28 +139,14 @@ def join(
     blocks : int
         Blocks of the tower that stay.
     """
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
     (eyes, seeing), (mouth, speaking) = vision, text
-    patches = side // eyes.patch_size
-    # names of stages depend on the depth and are made anew; dtypes are those of the folder that is saved
-    dropped = ("out_", "stage_", "dtype", "transformers_version", "_")
-    eyes_config, mouth_config = (
-        {key: value for key, value in part.to_dict().items() if not key.startswith(dropped)} for part in (eyes, mouth)
-    )
-    config = LlavaConfig(
-        vision_config={**eyes_config, "image_size": side, "num_hidden_layers": blocks},
-        text_config=mouth_config,
-        image_token_index=image,
-        image_seq_length=patches**2,
-        vision_feature_layer=FEATURES,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(configured(eyes, mouth, image=image, side=side, blocks=blocks))
     cut = tuple(f"encoder.layer.{number}." for number in range(blocks, eyes.num_hidden_layers))
     kept = {name: value for name, value in seeing.items() if not name.startswith(cut)}
-    kept["embeddings.position_embeddings"] = interpolated(kept["embeddings.position_embeddings"], patches)
+    places = "embeddings.position_embeddings"
+    kept[places] = interpolated(kept[places], side // eyes.patch_size)
     model.model.vision_tower.load_state_dict(kept, strict=True)
     words = {name.removeprefix("model."): value for name, value in speaking.items() if name != "lm_head.weight"}
     model.model.language_model.load_state_dict(words, strict=True)
@@ -168,6 +154,26 @@ def join(
     for role in ("bos", "eos", "pad"):
         setattr(model.generation_config, f"{role}_token_id", getattr(mouth, f"{role}_token_id"))
     return model.eval()
+
+
+def configured(eyes: Any, mouth: Any, *, image: int, side: int = SIDE, blocks: int = BLOCKS) -> Any:
+    """The ``LlavaConfig`` of a ``Dinov2Config`` and a ``LlamaConfig``; the rest as for ``join``."""
+    from transformers import LlavaConfig
+
+    # names of stages depend on the depth and are made anew; dtypes are those of the folder that is saved
+    dropped = ("out_", "stage_", "dtype", "transformers_version", "_")
+    eyes_config, mouth_config = (
+        {key: value for key, value in part.to_dict().items() if not key.startswith(dropped)} for part in (eyes, mouth)
+    )
+    return LlavaConfig(
+        vision_config={**eyes_config, "image_size": side, "num_hidden_layers": blocks},
+        text_config=mouth_config,
+        image_token_index=image,
+        image_seq_length=(side // eyes.patch_size) ** 2,
+        vision_feature_layer=FEATURES,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
 
 
 def processor(tokenizer: Any, side: int = SIDE) -> Any:

@@ -63,7 +63,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     },
     "sparse": {
         "size": 4,
-        "steps": 1500,
+        "steps": 1800,
         "rates": {"projector": 2e-4, "decoder": 7e-4},
         "sparse": (1.0, 0.4),
         # vtok closes the positions of LLaVA's tokens up; plain pictures do not
