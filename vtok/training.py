@@ -132,15 +132,14 @@ def train(
 class _Means:
     """Running means over about 50 values each; young ones are means of what there is, not bound to the first."""
 
-    def __init__(self, keep: float = 0.98) -> None:
-        self.keep = keep
+    def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.weights: dict[str, float] = {}
 
     def add(self, numbers: dict[str, float]) -> None:
         for key, value in numbers.items():
-            self.sums[key] = self.keep * self.sums.get(key, 0.0) + value
-            self.weights[key] = self.keep * self.weights.get(key, 0.0) + 1
+            self.sums[key] = 0.98 * self.sums.get(key, 0.0) + value
+            self.weights[key] = 0.98 * self.weights.get(key, 0.0) + 1
 
     def now(self) -> dict[str, float]:
         return {key: total / self.weights[key] for key, total in self.sums.items()}
