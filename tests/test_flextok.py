@@ -95,12 +95,26 @@ def test_qwen_gets_them_behind_its_merger_at_their_own_positions(tiny: Any, fami
             close(short, (laid.weights @ full)[laid.places.argsort()])
 
 
+@pytest.mark.parametrize("family", QWEN)
+def test_untrained_picks_are_divprunes(tiny: Any, family: str) -> None:
+    """Behind the merger both compare the same features, and first of all comes what is farthest from its nearest."""
+    model = tiny(family)
+    batch = inputs(family, model, SCENARIOS["ragged"])
+    vtok.compress(model, "divprune", keep=5)
+    expected, kept = model(**batch).logits, vtok.report(model).kept
+    vtok.compress(model, "flextok", keep=5, scheme="farthest")
+    close(model(**batch).logits, expected)
+    for own, other in zip(vtok.report(model).kept, kept, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(own, other, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["haar", "farthest"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fewer_tokens_are_the_first_of_more(tiny: Any, family: str) -> None:
+def test_fewer_tokens_are_the_first_of_more(tiny: Any, family: str, scheme: str) -> None:
     """With trained weights too: at the same places stands the same, whatever else does."""
     model = tiny(family)
     batch = single(inputs(family, model, SCENARIOS["ragged"]), 0)
-    resampler = made(model)
+    resampler = made(model, scheme=scheme)
     found = {}
     for keep in (5, 12):
         vtok.compress(model, "flextok", keep=keep, weights=resampler)
@@ -116,11 +130,12 @@ def test_fewer_tokens_are_the_first_of_more(tiny: Any, family: str) -> None:
         close(found[12][token], value, 1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["haar", "farthest"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trained_weights_hold_in_batches_of_different_pictures(tiny: Any, family: str) -> None:
+def test_trained_weights_hold_in_batches_of_different_pictures(tiny: Any, family: str, scheme: str) -> None:
     model = tiny(family)
     batch = inputs(family, model, SCENARIOS["mixed" if "mixed" in scenarios(family) else "ragged"])
-    vtok.compress(model, "flextok", keep=0.3, weights=made(model, tokens=64))
+    vtok.compress(model, "flextok", keep=0.3, weights=made(model, tokens=64, scheme=scheme))
     together, live = model(**batch).logits, survivors(model, batch)
     ids = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert ids.shape[1] == batch["input_ids"].shape[1] + 3
@@ -185,12 +200,13 @@ def test_divergence_falls_and_the_model_stays(family: str) -> None:
 # how many
 
 
+@pytest.mark.parametrize("scheme", ["haar", "farthest"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "llava_next"])
-def test_auto_gives_each_picture_what_it_needs(tiny: Any, family: str) -> None:
+def test_auto_gives_each_picture_what_it_needs(tiny: Any, family: str, scheme: str) -> None:
     """Batches whose pictures keep different numbers of tokens are still their samples."""
     model = tiny(family)
     batch = inputs(family, model, SCENARIOS["ragged"])
-    resampler = made(model, halting=True)
+    resampler = made(model, halting=True, scheme=scheme)
     resampler.enough = lambda registers, quality: 1 + (registers[:, 1:, 0] > 0).sum(1)  # differs from one to the next
     vtok.compress(model, "flextok", keep="auto", weights=resampler)
     assert session_of(model).methods[0].auto == 0.8

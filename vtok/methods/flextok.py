@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+import vtok_kernels as kernels
 from vtok.errors import VtokError
 from vtok.method import Method, register
 from vtok.methods._grid import positions, share_parts
 from vtok.protocol import Part
 from vtok.resampler import OrderedResampler, files
-from vtok.resampler.layout import plan
-from vtok.tokenizers.anchors import SCHEMES
+from vtok.resampler.layout import Plan, plan
+from vtok.resampler.starts import FARTHEST, SCHEMES, Starts, averaged, farthest, planned
+from vtok.tokenizers import anchors
 from vtok.view import Selection, Shape, Stage, TowerView, View
 
 #: quality of keep="auto" where none is given: the share of a picture's features that its tokens explain
@@ -29,17 +31,18 @@ QUALITY = 0.8
 @register("flextok")
 @dataclass(frozen=True)
 class FlexTok(Method):
-    """The first ``keep`` of an ordered sequence of tokens, each an average over a box of the picture, coarse to fine,
-    and with trained weights what a resampler makes of it (see docs/resampler.md).
+    """The first ``keep`` of an ordered sequence of tokens, coarse to fine: averages over boxes of the picture, or
+    tokens of it, farthest first; with trained weights what a resampler makes of them (see docs/resampler.md).
 
-    It acts before LLaVA's projector and after Qwen's merger. A token stands at the free placeholder nearest to its
-    box's centre, with that place's position.
+    It acts before LLaVA's projector and after Qwen's merger. An average stands at the free placeholder nearest to its
+    box's centre, with that place's position; a token of the picture at its own.
 
     Args:
         weights: folder of a trained resampler, the name of an installed one, or an ``OrderedResampler``. ``None``:
             averages alone.
-        scheme: order of the boxes without weights: ``"quadtree"`` (all four children of a box) or ``"haar"`` (three,
-            the fourth is in their parent). Trained weights have their own.
+        scheme: the sequence without weights: averages over boxes, ``"quadtree"`` (all four children of a box) or
+            ``"haar"`` (three, the fourth is in their parent), or ``"farthest"``: tokens, the next always the least like
+            all before it. Trained weights have their own.
         auto: quality in (0, 1) at which a picture has enough tokens, at most ``keep``; needs weights that were trained
             for it. ``keep="auto"`` is 0.8 where none is given.
     """
@@ -99,6 +102,9 @@ class FlexTok(Method):
     def digest(self) -> str:
         return "" if self.resampler is None else files.digest(self.resampler)
 
+    def variants(self, shape: Shape) -> list[dict[str, Any]]:
+        return [] if self.weights is not None else [{"scheme": scheme} for scheme in SCHEMES if scheme != self.scheme]
+
     def automatic(self) -> tuple[Method, int | float] | None:
         # above half of an image's tokens there is little left to save
         return dataclasses.replace(self, auto=QUALITY if self.auto is None else self.auto), 0.5
@@ -119,21 +125,39 @@ class FlexTok(Method):
 
     def select(self, view: View, count: int) -> Selection:
         """The first tokens of each picture (of each frame, by area), in raster order of where they stand."""
+        groups = layouts(view)
+        if self._scheme == FARTHEST and self.auto is None and len(groups) == 1:
+            return self._together(view, groups[0][1], count)
         found: dict[int, tuple[_Laid, Tensor]] = {}
-        for rows, grids in layouts(view):
+        for rows, grids in groups:
             pictures = _shared(grids, count)
             read = [self._tokens(view.features[rows][:, where], grid, share) for where, grid, share in pictures]
             for own, row in enumerate(rows):
-                parts = [(where, grid, sizes[own]) for (where, grid, _), (_, sizes) in zip(pictures, read, strict=True)]
-                laid = _lay(parts, self._scheme, view.size)
-                tokens = torch.cat([tokens[own, : sizes[own]] for tokens, sizes in read])
+                parts = [(where, plans[own]) for (where, _, _), (_, plans) in zip(pictures, read, strict=True)]
+                laid = _lay(parts, view.size)
+                tokens = torch.cat([x[own, : len(plans[own].places)] for x, plans in read])
                 found[row] = laid, tokens[laid.order.to(tokens.device)]
         return _selection(view, [found[row] for row in range(view.features.shape[0])])
 
+    def _together(self, view: View, grids: Sequence[tuple[Tensor, tuple[int, int]]], count: int) -> Selection:
+        """Picked tokens of rows that lie alike: no loop over rows, so that graphs of any number of pictures can be
+        made of it."""
+        device, kept, tokens = view.features.device, [], []
+        for where, grid, share in _shared(grids, count):
+            where = where.to(device)
+            found, first, _ = self._read(view.features[:, where], grid, share)
+            assert first.picks is not None
+            tokens.append(found)
+            kept.append(where[first.picks])
+        indices, order = torch.cat(kept, 1).sort(1)
+        return Selection(indices, kernels.gather_tokens(torch.cat(tokens, 1), order))
+
     def fixed(self, view: View, count: int) -> tuple[Tensor, Callable[[Tensor], Tensor] | None] | None:
+        if self._scheme == FARTHEST:
+            return None
         ((_, grids),) = layouts(view)
         pictures = _shared(grids, count)
-        laid = _lay(pictures, self._scheme, view.size)
+        laid = _lay([(where, plan(share, grid, self._scheme)) for where, grid, share in pictures], view.size)
         device = view.features.device
 
         def tokens(features: Tensor) -> Tensor:
@@ -146,19 +170,21 @@ class FlexTok(Method):
     def _scheme(self) -> str:
         return self.scheme if self.resampler is None else self.resampler.config.scheme
 
-    def _tokens(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, list[int]]:
-        """(R, count, D) ordered tokens of x (R, rows * columns, D), and how many of them each picture needs."""
-        tokens, registers = self._read(x, grid, count)
-        if self.auto is None or registers is None or self.resampler is None:
-            return tokens, [count] * len(x)
-        return tokens, self.resampler.enough(registers, self.auto).tolist()
+    def _tokens(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, list[Plan]]:
+        """(R, count, D) ordered tokens of x (R, rows * columns, D), and where each picture's stand, as many as it
+        needs."""
+        tokens, first, registers = self._read(x, grid, count)
+        sizes = [count] * len(x)
+        if self.auto is not None and registers is not None and self.resampler is not None:
+            sizes = self.resampler.enough(registers, self.auto).tolist()
+        return tokens, planned(first, sizes, grid, self._scheme)
 
-    def _read(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, Tensor | None]:
-        """(R, count, D) ordered tokens, and what trained registers hold."""
+    def _read(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, Starts, Tensor | None]:
+        """(R, count, D) ordered tokens, what they started as, and what trained registers hold."""
         resampler = self.resampler
         if resampler is None:
-            weights = plan(count, grid, self.scheme).weights.to(x.device)
-            return (weights @ x.float()).to(x.dtype), None
+            first = _untrained(x, grid, count, self.scheme)
+            return first.tokens, first, None
         most = resampler.config.tokens
         if self.auto is not None:
             count = min(count, most)
@@ -167,8 +193,15 @@ class FlexTok(Method):
                 f"these weights give up to {most} tokens of a picture, and {count} were asked for; take keep={most} or "
                 "less, or leave weights out"
             )
-        tokens, registers = resampler.read(x.to(next(resampler.parameters()).dtype), grid, count)
-        return tokens.to(x.dtype), registers
+        read = resampler.read(x.to(next(resampler.parameters()).dtype), grid, count)
+        return read.tokens.to(x.dtype), read.starts, read.registers
+
+
+def _untrained(x: Tensor, grid: tuple[int, int], count: int, scheme: str) -> Starts:
+    if scheme == FARTHEST:
+        return farthest(x, grid, count, x)
+    first = averaged(x.float(), grid, anchors.boxes(count, scheme).to(x.device))
+    return dataclasses.replace(first, tokens=first.tokens.to(x.dtype))
 
 
 def _shared(grids: Sequence[tuple[Tensor, tuple[int, int]]], count: int) -> list[tuple[Tensor, tuple[int, int], int]]:
@@ -223,16 +256,16 @@ def layouts(view: View) -> list[tuple[list[int], list[tuple[Tensor, tuple[int, i
     return [(rows, [(everything, grid)]) for grid, rows in found.items()]
 
 
-def _lay(parts: Sequence[tuple[Tensor, tuple[int, int], int]], scheme: str, total: int) -> _Laid:
-    """Lay out the tokens of pictures given by their positions, grid and number of tokens."""
-    plans = [plan(count, grid, scheme) for _, grid, count in parts]
-    places = torch.cat([where[own.places] for (where, _, _), own in zip(parts, plans, strict=True)])
+def _lay(parts: Sequence[tuple[Tensor, Plan]], total: int) -> _Laid:
+    """Lay out the tokens of pictures given by their positions and plans."""
+    places = torch.cat([where[own.places] for where, own in parts])
     order = places.argsort()
     rank = order.argsort()
     owner, weights = torch.full((total,), -1), torch.zeros(len(places), total)
     start = 0
-    for (where, _, count), own in zip(parts, plans, strict=True):
-        owner[where] = rank[own.owner + start]
+    for where, own in parts:
+        count = len(own.places)
+        owner[where] = torch.where(own.owner < 0, -1, rank[own.owner + start])
         weights[start : start + count, where] = own.weights
         start += count
     return _Laid(order, places[order], owner, weights[order])

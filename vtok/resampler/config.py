@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtok.errors import VtokError
-from vtok.tokenizers.anchors import SCHEMES
+from vtok.resampler.starts import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class ResamplerConfig:
         width: channels inside; a multiple of ``head_dim`` and of 4.
         blocks: how many.
         tokens: K, the most tokens of one picture (tile, frame).
-        scheme: order of the anchors, ``"haar"`` or ``"quadtree"``.
+        scheme: what the tokens start as and in which order: averages, ``"haar"`` or ``"quadtree"``, or tokens of the
+            picture, ``"farthest"``.
         head_dim: channels of an attention head.
         halting: whether it can tell how many tokens a picture needs.
         family: of the model it was distilled from; empty: any.
@@ -49,7 +50,7 @@ class ResamplerConfig:
                 f"a resampler's width {self.width} is no multiple of head_dim {self.head_dim} and of 4; change one"
             )
         if self.scheme not in SCHEMES:
-            raise VtokError(f"there is no scheme {self.scheme!r} of anchors; known are {', '.join(SCHEMES)}")
+            raise VtokError(f"there is no scheme {self.scheme!r} of ordered tokens; known are {', '.join(SCHEMES)}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -55,15 +55,16 @@ class Features(nn.Module):
         chosen = prefixes(config.tokens, progress)
         whole: Tensor = torch.zeros(())
         for grid, x in stacked(pictures):
-            z, registers = self.resampler.read(x, grid, max(chosen))
-            for name, k in zip(("long", "some"), chosen, strict=True):
-                loss, share = self.reader.loss(z[:, :k], x, grid)
+            read = self.resampler.read(x, grid, max(chosen))
+            for name, wanted in zip(("long", "some"), chosen, strict=True):
+                k = min(wanted, read.tokens.shape[1])
+                loss, share = self.reader.loss(read, k, x, grid)
                 explained[name] += share.tolist()
                 if config.halting:
                     error = (1 - share).clamp(1e-3, 4.0)
                     asked = ask(error).to(error.device).clamp(1e-3, 1.0)
                     # the head reads what is there; it must not bend the tokens to its own ends
-                    logits = self.resampler.halting(registers.detach(), asked)
+                    logits = self.resampler.halting(read.registers.detach(), asked)
                     lengths = torch.full((len(x),), k, device=x.device)
                     loss = loss + 0.1 * halting_loss(logits, lengths, error, asked)
                 whole = whole.to(x.device) + loss * len(x) / 2

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtok.resampler.config import ResamplerConfig
-from vtok.resampler.resampler import SIDE, OrderedResampler, cells
-from vtok.tokenizers import anchors
+from vtok.resampler.resampler import OrderedResampler, Read
+from vtok.resampler.starts import cells
 from vtok.tokenizers.blocks import Block, initialise, sincos2d
 
 
@@ -20,7 +20,6 @@ class FeatureReader(nn.Module):
         blocks: how many.
     """
 
-    boxes: Tensor
     mean: Tensor
     spread: Tensor
 
@@ -29,7 +28,6 @@ class FeatureReader(nn.Module):
         self.config, width = config, config.width
         self.register_buffer("mean", torch.zeros(config.dim))
         self.register_buffer("spread", torch.ones(config.dim))
-        self.register_buffer("boxes", anchors.boxes(config.tokens, config.scheme), persistent=False)
         self.enter = nn.Linear(config.dim, width, bias=False)
         self.query = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList([Block(width, config.head_dim, width) for _ in range(blocks)])
@@ -38,11 +36,11 @@ class FeatureReader(nn.Module):
         initialise(self)
         nn.init.normal_(self.leave.weight, std=0.02)  # starts near every channel's mean
 
-    def forward(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, N, D) standardised tokens of a grid (rows, columns), from the first k tokens z (B, k, D)."""
+    def forward(self, z: Tensor, middles: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, N, D) standardised tokens of a grid (rows, columns), from the first k tokens z (B, k, D) and their
+        middles (B, k, 2) or (k, 2)."""
         width = self.config.width
-        middles = sincos2d(anchors.centres(self.boxes[: z.shape[1]]) * SIDE, width)
-        context = self.enter(self.standard(z)) + middles.to(z.dtype)
+        context = self.enter(self.standard(z)) + sincos2d(middles, width).to(z.dtype)
         places = sincos2d(cells(*grid, z.device), width).to(z.dtype)
         h = (places + self.query).expand(z.shape[0], -1, -1)
         for block in self.blocks:
@@ -51,14 +49,14 @@ class FeatureReader(nn.Module):
             h = h + block.mlp(block.norm_mlp(h))
         return self.leave(self.norm(h))
 
-    def loss(self, z: Tensor, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """How much of x (B, N, D) cannot be read from z (B, k, D): the loss, and (B,) the explained share.
+    def loss(self, read: Read, k: int, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """How much of x (B, N, D) cannot be read from the first k tokens: the loss, and (B,) the explained share.
 
         The loss is 1 - cosine plus smooth L1 on standardised channels; the share is 1 - squared error over variance
         within the picture, 0 for a reader that only knows the picture's mean.
         """
         target = self.standard(x).float()
-        found = self(z, grid).float()
+        found = self(read.tokens[:, :k], read.starts.middles[..., :k, :], grid).float()
         cosine = 1 - F.cosine_similarity(found, target, dim=-1).mean()
         wrong = (found - target).square().sum((1, 2))
         whole = (target - target.mean(1, keepdim=True)).square().sum((1, 2))

@@ -1,14 +1,16 @@
-"""OrderedResampler: k ordered visual tokens of a picture, pooling plus what was learnt about it.
+"""OrderedResampler: k ordered visual tokens of a picture, and what was learnt about it.
 
 After FlexTok (arXiv 2502.13967): registers that are causal among themselves, so that the first k of K tokens are what
-a run with k gives. Unlike FlexTok's, a register is anchored: it starts as the average over its box of the picture, and
-the output is that average plus a correction whose last matrix starts at zero. Untrained it is multi-scale average
-pooling (arXiv 2405.17430), trained it is that and more. Cross-attention has keys made of content and position; with
-keys of position alone (arXiv 2405.19315) it would be one fixed pooling for all pictures.
+a run with k gives. Unlike FlexTok's, a register is anchored: it starts as the average over its box of the picture, or
+as one of its tokens (``vtok.resampler.starts``), and the output is that plus a correction whose last matrix starts at
+zero. Untrained it is multi-scale average pooling (arXiv 2405.17430) or a diverse subset, trained it is that and more.
+Cross-attention has keys made of content and position; with keys of position alone (arXiv 2405.19315) it would be one
+fixed pooling for all pictures.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +18,25 @@ from torch import Tensor, nn
 
 from vtok.errors import VtokError
 from vtok.resampler.config import ResamplerConfig
+from vtok.resampler.starts import FARTHEST, Starts, averaged, cells, farthest, levels
 from vtok.tokenizers import anchors
-from vtok.tokenizers.blocks import Block, grid_points, initialise, sincos2d
+from vtok.tokenizers.blocks import Block, initialise, sincos2d
 from vtok.tokenizers.halting import HaltingHead, halt
 
-#: positions of anchors and cells count in 24ths of the picture, whatever its grid: CLIP's at 336 pixels
-SIDE = 24
+
+@dataclass(frozen=True)
+class Read:
+    """What a resampler makes of B pictures of one grid.
+
+    Attributes:
+        tokens: (B, k, D) in order.
+        registers: (B, k, width) what the blocks hold behind the last of them.
+        starts: what the tokens started as, and where they stand.
+    """
+
+    tokens: Tensor
+    registers: Tensor
+    starts: Starts
 
 
 class OrderedResampler(nn.Module):
@@ -31,11 +46,11 @@ class OrderedResampler(nn.Module):
         config: its sizes.
 
     Attributes:
-        boxes: (K, 4) anchors.
+        boxes: (K, 4) anchors, ``None`` where tokens are picked.
         mean, spread: (D,) of the visual tokens' channels, by ``measure``.
     """
 
-    boxes: Tensor
+    boxes: Tensor | None
     level: Tensor
     mean: Tensor
     spread: Tensor
@@ -44,8 +59,9 @@ class OrderedResampler(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.register_buffer("boxes", anchors.boxes(config.tokens, config.scheme), persistent=False)
-        level = anchors.levels(config.tokens, config.scheme)
+        boxes = None if config.scheme == FARTHEST else anchors.boxes(config.tokens, config.scheme)
+        self.register_buffer("boxes", boxes, persistent=False)
+        level = levels(config.tokens, config.scheme)
         self.register_buffer("level", level, persistent=False)
         # a few of a tower's channels may be a hundred times the others, and a norm would see nothing else
         self.register_buffer("mean", torch.zeros(config.dim))
@@ -65,7 +81,7 @@ class OrderedResampler(nn.Module):
             self.halting = HaltingHead(width)
 
     def forward(self, x: Tensor, grid: tuple[int, int], k: int | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, k, D) tokens of x (B, N, D), in the anchors' order.
+        """(B, k, D) tokens of x (B, N, D), in their order; at most N where the scheme picks tokens.
 
         Args:
             x: visual tokens in raster order.
@@ -76,26 +92,28 @@ class OrderedResampler(nn.Module):
         Raises:
             VtokError: k that is not in 1..K, or tokens that do not fill the grid or have other channels.
         """
-        return self.read(x, grid, k, mask)[0]
+        return self.read(x, grid, k, mask).tokens
 
-    def read(
-        self, x: Tensor, grid: tuple[int, int], k: int | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, k, D) as ``forward`` gives them, and what the registers hold (B, k, width)."""
+    def read(self, x: Tensor, grid: tuple[int, int], k: int | None = None, mask: Tensor | None = None) -> Read:
+        """Tokens as ``forward`` gives them, with their places and what the registers hold."""
         k = self._checked(x, grid, k)
-        pooled = self.pooled(x, grid, k, mask)
+        first = self.starts(x, grid, k, mask)
+        k = first.tokens.shape[1]
         where = sincos2d(cells(*grid, x.device), self.config.width).to(x.dtype)
-        middles = sincos2d(anchors.centres(self.boxes[:k]) * SIDE, self.config.width).to(x.dtype)
+        middles = sincos2d(first.middles, self.config.width).to(x.dtype)
         context = self._entered(x) + where
-        h = self._entered(pooled) + middles + self.levels(self.level[:k]) + self.registers[:k]
+        h = self._entered(first.tokens) + middles + self.levels(self.level[:k]) + self.registers[:k]
         seen = None if mask is None else mask[:, None, None, :]
         for block in self.blocks:
             h = _through(block, h, context, seen)
         h = self.norm_out(h)
-        return pooled + self.spread * self.leave(h), h
+        return Read(first.tokens + self.spread * self.leave(h), h, first)
 
     def _entered(self, x: Tensor) -> Tensor:
-        return self.enter(self.norm_in((x - self.mean) / self.spread))
+        return self.enter(self.norm_in(self._standard(x)))
+
+    def _standard(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.spread
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
@@ -104,12 +122,11 @@ class OrderedResampler(nn.Module):
         self.mean.copy_(flat.mean(0))
         self.spread.copy_(flat.std(0).clamp_min(1e-3 * float(flat.std(0).mean()) + 1e-12))
 
-    def pooled(self, x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = None) -> Tensor:
-        """(B, k, D) averages of x over the first k boxes: what an untrained resampler gives."""
-        weights = anchors.pooling(self.boxes[:k].float(), *grid, mask=mask)
-        # in bfloat16, channels a hundred times the others would lose what tells pictures apart
-        with torch.autocast(x.device.type, enabled=False):
-            return weights.to(x) @ x
+    def starts(self, x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = None) -> Starts:
+        """The first k tokens without what was learnt: what an untrained resampler gives."""
+        if self.boxes is None:
+            return farthest(x, grid, k, self._standard(x), mask)
+        return averaged(x, grid, self.boxes[:k], mask)
 
     def enough(self, registers: Tensor, quality: float) -> Tensor:
         """(B,) how many tokens pictures need whose registers (B, k, width) ``read`` gave: at most k.
@@ -147,9 +164,3 @@ def _through(block: Any, h: Tensor, context: Tensor, seen: Tensor | None) -> Ten
     h = h + block.attention(block.norm_attention(h), causal=True)
     h = h + block.cross(block.norm_cross(h), block.norm_context(context), mask=seen)
     return h + block.mlp(block.norm_mlp(h))
-
-
-def cells(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows * columns, 2) centres ``y x`` of a grid's cells, on the scale of the anchors' centres."""
-    scale = torch.tensor([SIDE / rows, SIDE / columns], device=device)
-    return (grid_points(rows, columns).to(device) + 0.5) * scale

@@ -136,7 +136,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def sincos2d(points: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
-    """(N, width) embeddings of points (N, 2) ``y x``: sine and cosine of y, then of x (MoCo v3, arXiv 2104.02057).
+    """(..., width) embeddings of points (..., 2) ``y x``: sine and cosine of y, then of x (MoCo v3, arXiv 2104.02057).
 
     Points count in patches, the first patch's centre at 0.
 
@@ -147,7 +147,8 @@ def sincos2d(points: Tensor, width: int, temperature: float = 10000.0) -> Tensor
     """
     rate = temperature ** -(torch.arange(width // 4, dtype=torch.float32, device=points.device) / (width // 4))
     angle = points.float()[..., None] * rate
-    return torch.cat([angle[:, 0].sin(), angle[:, 0].cos(), angle[:, 1].sin(), angle[:, 1].cos()], -1)
+    y, x = angle.unbind(-2)
+    return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], -1)
 
 
 def grid_points(rows: int, columns: int) -> Tensor:

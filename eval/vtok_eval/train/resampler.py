@@ -22,8 +22,8 @@ from vtok.errors import VtokError
 from vtok.io import plain
 from vtok.progress import progress
 from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig, files
-from vtok.resampler.layout import plan
 from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
+from vtok.resampler.starts import planned
 from vtok.training import Stage, train
 from vtok_eval.train.data import Batch, Scenes, moved
 from vtok_eval.train.language import Talk
@@ -268,11 +268,15 @@ class Answering:
         numbers: dict[str, float] = {}
         pictures = _on(seen.pictures, device)
         chosen = prefixes(config.tokens, seen.progress, WHOLE)
-        whole = [self.resampler(x[None], grid, max(chosen))[0] for x, grid in pictures]
+        whole = [self.resampler.read(x[None], grid, max(chosen)) for x, grid in pictures]
         for name, k in zip(("long", "some"), chosen, strict=True):
-            laid = [plan(min(k, len(x)), grid, config.scheme) for x, grid in pictures]
+            laid = [
+                own
+                for read, (_, grid) in zip(whole, pictures, strict=True)
+                for own in planned(read.starts, [k], grid, config.scheme)
+            ]
             order = [own.places.argsort() for own in laid]
-            tokens = [z[own.to(device)] for z, own in zip(whole, order, strict=True)]
+            tokens = [read.tokens[0, own.to(device)] for read, own in zip(whole, order, strict=True)]
             kept = [own.places[by] for own, by in zip(laid, order, strict=True)]
             said = self.talk.answers(seen.batch, projected(self.talk, tokens), kept)
             loss, found = answer_loss(said.logits, seen.teacher.to(device), said.target)

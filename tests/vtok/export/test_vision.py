@@ -12,10 +12,12 @@ import transformers
 from torch import Tensor
 
 import vtok
-from vtok.api import session_of
+from vtok.api import adapter_of, session_of
 from vtok.errors import VtokError
 from vtok.export.vision import VisionGraph, vision_graph
 from vtok.method import Method
+from vtok.resampler import OrderedResampler, ResamplerConfig, files
+from vtok.resampler.starts import SCHEMES
 
 from ...models import IMAGE, build, inputs
 
@@ -90,6 +92,9 @@ SETTINGS: list[tuple[str, Any, dict[str, Any]]] = [
     ("llava_next", [vtok.get("flowcut", llm_layer=None), "divprune"], {"keep": 40}),
     ("qwen2_5_vl", "flowcut", {"keep": 3, "llm_layer": None}),
     ("qwen2_5_vl", ["tome", "random"], {"keep": 3}),
+    ("llava", "flextok", {"keep": 12, "scheme": "farthest"}),
+    ("llava_next", "flextok", {"keep": 30, "scheme": "farthest"}),
+    ("qwen2_5_vl", "flextok", {"keep": 3, "scheme": "farthest"}),
 ]
 
 
@@ -97,6 +102,19 @@ SETTINGS: list[tuple[str, Any, dict[str, Any]]] = [
 def test_options_and_chains(family: str, method: Any, options: dict[str, Any]) -> None:
     model = model_of(family)
     with vtok.compressed(model, method, **options):
+        same(vision_graph(model, pictures(family, model, 1)), family, model)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_resampler(family: str, scheme: str) -> None:
+    model = model_of(family)
+    door = files.door(adapter_of(model))
+    config = ResamplerConfig(dim=door.dim, width=32, head_dim=16, blocks=2, tokens=64, scheme=scheme)
+    torch.manual_seed(0)
+    resampler = OrderedResampler(config)
+    torch.nn.init.normal_(resampler.leave.weight, std=0.2)
+    with vtok.compressed(model, "flextok", keep=0.3, weights=resampler.eval().requires_grad_(False)):
         same(vision_graph(model, pictures(family, model, 1)), family, model)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtok.errors import VtokError
 from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig, files, plan
 from vtok.resampler.learn import Features, answer_loss, prefixes, stacked
+from vtok.resampler.starts import SCHEMES
 from vtok.tokenizers import anchors
 
 GRIDS = [(8, 8), (5, 9), (1, 7), (11, 2)]
@@ -41,35 +42,72 @@ def test_untrained_it_is_pooling(grid: tuple[int, int], scheme: str) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_first_k_of_many_are_a_run_with_k(grid: tuple[int, int]) -> None:
-    resampler, x = made(trained=True), tokens(grid)
+def test_untrained_it_is_the_least_alike(grid: tuple[int, int]) -> None:
+    x = tokens(grid)
+    resampler = made(scheme="farthest")
+    first = resampler.starts(x, grid, 32)
+    count = min(32, x.shape[1])
+    assert first.picks is not None and first.picks.shape == (2, count)
+    assert torch.equal(resampler(x, grid), x.gather(1, first.picks[..., None].expand(-1, -1, 24)))
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    distance = 1 - unit @ unit.transpose(1, 2)
+    for row, picks in enumerate(first.picks.tolist()):
+        assert len(set(picks)) == count
+        for k in range(1, count):
+            nearest = distance[row, :, picks[:k]].amin(1)
+            rest = [cell for cell in range(x.shape[1]) if cell not in picks[:k]]
+            assert nearest[picks[k]] >= nearest[rest].max() - 1e-5
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_first_k_of_many_are_a_run_with_k(grid: tuple[int, int], scheme: str) -> None:
+    resampler, x = made(trained=True, scheme=scheme), tokens(grid)
     whole = resampler(x, grid)
-    assert (whole - resampler.pooled(x, grid, 32)).abs().max() > 0.1
+    assert (whole - resampler.starts(x, grid, 32).tokens).abs().max() > 0.1
     for k in (1, 2, 3, 7, 16, 31):
         torch.testing.assert_close(resampler(x, grid, k), whole[:, :k], atol=1e-5, rtol=0)
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
-    resampler, x = made(trained=True), tokens((6, 5), batch=3)
+def test_what_is_picked_is_compared_by_standardised_channels() -> None:
+    resampler, x = made(scheme="farthest"), tokens((6, 6))
+    x[..., 0] = x[..., 0] + 500  # such a channel hides all others from a cosine
+    plain = resampler.starts(x, (6, 6), 8).picks
+    resampler.measure(x)
+    measured = resampler.starts(x, (6, 6), 8).picks
+    assert plain is not None and measured is not None and not torch.equal(plain, measured)
+    other = x * torch.linspace(1, 30, 24) - 4
+    resampler.measure(other)
+    assert torch.equal(resampler.starts(other, (6, 6), 8).picks, measured)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_picture_does_not_depend_on_its_batch(scheme: str) -> None:
+    resampler, x = made(trained=True, scheme=scheme), tokens((6, 5), batch=3)
     together = resampler(x, (6, 5))
     for row in range(3):
         torch.testing.assert_close(resampler(x[row : row + 1], (6, 5))[0], together[row], atol=1e-5, rtol=0)
 
 
-def test_masked_cells_are_not_there() -> None:
-    resampler, x = made(trained=True), tokens((4, 6))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_masked_cells_are_not_there(scheme: str) -> None:
+    resampler, x = made(trained=True, scheme=scheme), tokens((4, 6))
     mask = torch.ones(2, 24, dtype=torch.bool)
     mask[1, 12:] = False
-    z = resampler(x, (4, 6), mask=mask)
+    z = resampler(x, (4, 6), 12, mask=mask)
     other = torch.where(mask[..., None], x, 100.0)
-    torch.testing.assert_close(resampler(other, (4, 6), mask=mask), z, atol=1e-5, rtol=0)
-    torch.testing.assert_close(z[0], resampler(x, (4, 6))[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(resampler(other, (4, 6), 12, mask=mask), z, atol=1e-5, rtol=0)
+    torch.testing.assert_close(z[0], resampler(x, (4, 6), 12)[0], atol=1e-5, rtol=0)
+    if scheme == "farthest":
+        with pytest.raises(VtokError, match="13 tokens cannot be picked from 12 cells"):
+            resampler(x, (4, 6), 13, mask=mask)
 
 
 @pytest.mark.grad
 @pytest.mark.parametrize("k", [1, 2, 9, 32])
-def test_gradients_reach_every_part_at_every_k(k: int) -> None:
-    resampler = made(trained=True).train()
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_reach_every_part_at_every_k(k: int, scheme: str) -> None:
+    resampler = made(trained=True, scheme=scheme).train()
     x = tokens((6, 6)).requires_grad_()
     resampler(x, (6, 6), k).square().sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
@@ -89,8 +127,9 @@ def test_a_plan_stands_for_every_cell() -> None:
         assert (shown[~standing] > 0).all()
 
 
-def test_saved_and_loaded_bit_by_bit(tmp_path: Path) -> None:
-    resampler = made(trained=True, halting=True, family="llava", fingerprint=(0.5, -0.25))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_saved_and_loaded_bit_by_bit(tmp_path: Path, scheme: str) -> None:
+    resampler = made(trained=True, halting=True, family="llava", fingerprint=(0.5, -0.25), scheme=scheme)
     files.save(resampler, tmp_path / "own")
     again = files.load(tmp_path / "own")
     assert again.config == resampler.config
@@ -99,7 +138,7 @@ def test_saved_and_loaded_bit_by_bit(tmp_path: Path) -> None:
     assert torch.equal(again(x, (5, 9)), resampler(x, (5, 9)))
     small = files.load(files.save(resampler, tmp_path / "small", torch.bfloat16))
     assert torch.equal(small.mean, resampler.mean)
-    torch.testing.assert_close(small(x, (5, 9)), resampler(x, (5, 9)), atol=0.1, rtol=0)
+    torch.testing.assert_close(small(x, (5, 9)), resampler(x, (5, 9)), atol=0.2, rtol=0)
 
 
 def test_names_are_found_where_a_package_ships_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,14 +209,15 @@ def test_prefixes_grow_downwards() -> None:
 
 
 @pytest.mark.grad
-def test_features_are_learnt_and_more_tokens_show_more() -> None:
+@pytest.mark.parametrize("scheme", ["haar", "farthest"])
+def test_features_are_learnt_and_more_tokens_show_more(scheme: str) -> None:
     """A toy whose tokens lie in a plane of few directions: after a while every doubling explains more."""
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(2)
     basis = torch.randn(4, 24, generator=generator)
     coarse = torch.randn(32, 4, 4, 4, generator=generator).repeat_interleave(2, 1).repeat_interleave(2, 2)
     x = coarse.flatten(1, 2) @ basis
-    config = ResamplerConfig(**{**SMALL, "blocks": 1, "halting": True})
+    config = ResamplerConfig(**{**SMALL, "blocks": 1, "halting": True, "scheme": scheme})
     learned = Features(OrderedResampler(config), FeatureReader(config, blocks=1))
     learned.resampler.measure(x)
     learned.reader.measure(learned.resampler)
@@ -193,11 +233,11 @@ def test_features_are_learnt_and_more_tokens_show_more() -> None:
     assert loss.item() < 0.8 * first
     assert numbers.keys() == {"long", "some"}
     with torch.no_grad():
-        z, registers = learned.resampler.read(x, (8, 8))
-        shares = [learned.reader.loss(z[:, :k], x, (8, 8))[1].mean().item() for k in (1, 4, 16, 32)]
+        read = learned.resampler.read(x, (8, 8))
+        shares = [learned.reader.loss(read, k, x, (8, 8))[1].mean().item() for k in (1, 4, 16, 32)]
     assert shares == sorted(shares)
     assert shares[-1] > shares[0] + 0.2
-    easy, hard = (learned.resampler.enough(registers, q).float().mean() for q in (0.05, 0.95))
+    easy, hard = (learned.resampler.enough(read.registers, q).float().mean() for q in (0.05, 0.95))
     assert easy < hard
 
 
