@@ -144,6 +144,19 @@ class Table:
             return None
         return stats.mcnemar(_joined(self._heads(entry.id, names)), _joined(self._heads(other, names)))
 
+    def against(self, first: str, second: str) -> dict[str, Any]:
+        """How much more often one entry is right than another on the same samples: the difference of their overall
+        accuracies with its paired bootstrap interval, and McNemar's p."""
+        names = [task.name for task in self.tasks if len(self.samples[task.name])]
+        own, other = self._heads(first, names), self._heads(second, names)
+        weights = [self.weights[name] for name in names]
+        apart = _macro([stats.means(x * 1.0 - y, w) for x, y, w in zip(own, other, weights, strict=True)])
+        return {
+            "value": _mean_of_means(own) - _mean_of_means(other),
+            "ci": stats.interval(apart),
+            "p": stats.mcnemar(_joined(own), _joined(other)),
+        }
+
     def _hard(self, entry: Entry, names: Sequence[str]) -> dict[str, Any] | None:
         """Samples that the plain model gets right and downsampling to the same budget gets wrong."""
         other = self._at("downsample", entry.keep)

@@ -125,6 +125,8 @@ def run(
     ]
     for stage, step, modules in stages:
         total = max(1, round(recipe[stage]["steps"] * scale))
+        if stage == "answers" and recipe.get("anew"):
+            nn.init.zeros_(learned.resampler.leave.weight)
         what = Stage(stage, total, [(modules, recipe[stage]["rate"])], step, warmup=max(1, min(50, total // 10)))
         train(learned, what, Order(drawn, total, f"{seed}/{stage}"), out, workers=workers, resume=resume)
     return files.save(learned.resampler, out / "resampler", torch.bfloat16)

@@ -1,0 +1,95 @@
+"""Cards of trained resamplers: paired comparisons from a run's answers, and what the committed ones say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtok.errors import VtokError
+from vtok_eval import tasks
+from vtok_eval.harness import store
+from vtok_eval.models import ordered, resamplers
+
+from .tiny import run
+
+ROWS = ["trained=flextok", "averages=flextok", "divprune"]
+CARDS = sorted((Path(__file__).parents[2] / "model_cards").glob("*-resampler"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which the "trained" row differs from the averages in what it starts from."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    options = {"trained": {"scheme": "farthest"}}
+    run("llava", out, methods=ROWS, keeps=[4, 2], tasks=tasks.load("objects,exists"), limit=8, options=options)
+    return out
+
+
+def test_comparisons_are_those_of_the_answers(folder: Path) -> None:
+    rows = ordered.compared(folder)
+    lines = {store.key_of(line): line["correct"] for line in store.read(folder / store.SAMPLES)}
+    asked = tasks.load("objects,exists", limit=8)
+    seen = {task.name: [own.id for own in task.samples if own.group != "unseen"] for task in asked}
+
+    def accuracy(entry: str) -> float:
+        return sum(sum(lines[entry, name, own] for own in ids) / len(ids) for name, ids in seen.items()) / 2
+
+    assert [row["keep"] for row in rows] == [2, 4]
+    assert "step" not in rows[0]
+    for row in rows:
+        own = accuracy(f"trained@{row['keep']}")
+        free = {name: accuracy(f"{name}@{row['keep']}") for name in ("averages", "divprune")}
+        assert row["accuracy"] == pytest.approx(own)
+        assert row["averages"]["value"] == pytest.approx(own - free["averages"])
+        assert row["best"]["accuracy"] == pytest.approx(max(free.values()))
+        assert row["averages"]["ci"][0] <= row["averages"]["value"] <= row["averages"]["ci"][1]
+    assert rows[1]["step"]["value"] == pytest.approx(accuracy("trained@4") - accuracy("trained@2"))
+    (folder / "lost").mkdir(exist_ok=True)
+    for name in (store.RESULTS, store.SAMPLES):
+        text = (folder / name).read_text()
+        (folder / "lost" / name).write_text(text if name == store.RESULTS else text.rsplit("\n", 2)[0] + "\n")
+    with pytest.raises(VtokError, match="1 answers are missing"):
+        ordered.compared(folder / "lost")
+
+
+def test_a_run_without_the_rows(tmp_path: Path) -> None:
+    run("llava", tmp_path, methods=["divprune"], keeps=[4], tasks=tasks.load("exists"), limit=2)
+    with pytest.raises(
+        VtokError, match=r"has no row averages and trained; run vtok eval with --method trained="
+    ):
+        ordered.compared(tmp_path)
+
+
+def rows(**changes: Any) -> list[dict[str, Any]]:
+    """Three budgets at which everything is well."""
+    made = []
+    for keep in (16, 32, 64):
+        better = {"accuracy": 0.5, "value": 0.1, "ci": [0.05, 0.15], "p": 0.001}
+        row = {"keep": keep, "accuracy": 0.6, "ci": [0.5, 0.7], "averages": {"name": "averages", **better}}
+        row |= {"best": {"name": "todre", **better}, "step": {"value": 0.02, "ci": [-0.01, 0.03], "p": 0.4}}
+        made.append(row | (changes if keep == 32 else {}))
+    return made
+
+
+def test_verdicts() -> None:
+    well = ordered.verdicts(rows())
+    assert well[:2] == [
+        "No doubling of the tokens makes it worse (95% intervals of paired differences).",
+        "Better than averages at every number of tokens up to 64 (McNemar, p < 0.05).",
+    ]
+    assert [text.split(" tokens")[0] for text in well[2:]] == ["At 16", "At 32"]
+    worse = ordered.verdicts(rows(step={"value": -0.04, "ci": [-0.06, -0.02], "p": 0.01}))
+    assert (
+        worse[0] == "Worse than with half the tokens (95% interval of the paired difference): 32 (\N{MINUS SIGN}4.0)."
+    )
+    for averages in ({"value": 0.01, "p": 0.2}, {"value": -0.1, "p": 0.001}):
+        same = ordered.verdicts(rows(averages={"name": "averages", "accuracy": 0.6, "ci": [0, 0], **averages}))
+        assert same[1] == "Not significantly better than averages at 32."
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_committed_card_is_what_its_files_give(card: Path) -> None:
+    name = card.name.removesuffix("-resampler")
+    assert ordered.written(name, card, resamplers.folder(name)) == (card / "README.md").read_text()
