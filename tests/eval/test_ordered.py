@@ -56,9 +56,7 @@ def test_comparisons_are_those_of_the_answers(folder: Path) -> None:
 
 def test_a_run_without_the_rows(tmp_path: Path) -> None:
     run("llava", tmp_path, methods=["divprune"], keeps=[4], tasks=tasks.load("exists"), limit=2)
-    with pytest.raises(
-        VtokError, match=r"has no row averages and trained; run vtok eval with --method trained="
-    ):
+    with pytest.raises(VtokError, match=r"has no row averages and trained; run vtok eval with --method trained="):
         ordered.compared(tmp_path)
 
 

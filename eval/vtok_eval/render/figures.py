@@ -34,7 +34,7 @@ RC = {
 }
 
 
-def _pyplot() -> Any:
+def pyplot_of() -> Any:
     try:
         import matplotlib
     except ImportError:
@@ -53,13 +53,13 @@ def pareto(run: Run, path: Path, cost: Cost | None = None) -> Path:
     VtokError
         matplotlib is missing.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_of()
     cost = cost or next(iter(costs(run)), COSTS[1])
     looks = styles(run.names)
     entries = [e for e in run.drawn() if cost.value(e) is not None]
     with pyplot.rc_context(RC):
         figure, axes = pyplot.subplots(figsize=(8.8, 5.2))
-        _axes(axes)
+        axes_of(axes)
         if cost.log:
             axes.set_xscale("log", base=2)
         for name in run.names:
@@ -85,7 +85,7 @@ def pareto(run: Run, path: Path, cost: Cost | None = None) -> Path:
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=12)
         figure.tight_layout()
         _labels(figure, axes, run, entries, cost, looks, best)
-        return _save(pyplot, figure, path)
+        return save(pyplot, figure, path)
 
 
 def _cost_ticks(axes: Any, run: Run, cost: Cost, values: list[float]) -> None:
@@ -179,7 +179,7 @@ def curves(run: Run, path: Path) -> Path:
     VtokError
         matplotlib is missing.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_of()
     looks = styles(run.names)
     names = run.by_need()
     across = min(4, max(1, len(names)))
@@ -213,11 +213,11 @@ def curves(run: Run, path: Path) -> Path:
             columnspacing=1.4,
             borderaxespad=0.2,
         )
-        return _save(pyplot, figure, path)
+        return save(pyplot, figure, path)
 
 
 def _panel(axes: Any, run: Run, task: str, looks: Mapping[str, Style]) -> None:
-    _axes(axes)
+    axes_of(axes)
     axes.set_xscale("log", base=2)
     drawn = [e for e in run.drawn() if e.accuracy(task) is not None and (e.tokens or 0) > 0]
     for name in sorted(run.names, key=lambda name: not looks[name].baseline):
@@ -259,12 +259,12 @@ def _handles(run: Run, looks: Mapping[str, Style]) -> list[Any]:
     return handles
 
 
-def _axes(axes: Any) -> None:
+def axes_of(axes: Any) -> None:
     axes.grid(axis="y", color=RULE, lw=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> Path:
+def save(pyplot: Any, figure: Any, path: Path) -> Path:
     figure.savefig(path, metadata={"Software": None})
     pyplot.close(figure)
     return path

@@ -1,0 +1,41 @@
+"""Cards of image tokenizers: made from a finished training, and what the committed ones say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vtok.errors import VtokError
+from vtok.tokenizers import preset
+from vtok.tokenizers.data import find
+from vtok.tokenizers.train import Recipe, assess, train
+from vtok_eval.models import tokenizer_card
+
+CARDS = sorted((Path(__file__).parents[2] / "model_cards").glob("*-tokenizer"))
+
+
+@pytest.mark.grad
+def test_a_card_of_a_training(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(VtokError, match=r"holds no finished training \(report.json is missing\)"):
+        tokenizer_card.command("test", run=run, out=tmp_path / "cards")
+    tokenizer = train(preset("test"), find("scenes", "train", seed=0), run, Recipe(steps=3, batch=2))
+    report = assess(tokenizer, [find("scenes", "held-out", seed=0)], run, limit=6, shown=2)
+    tokenizer_card.command("test", run=run, out=tmp_path / "cards")
+    card = tmp_path / "cards" / "test-tokenizer"
+    text = (card / "README.md").read_text()
+    assert text == tokenizer_card.written("test", card)
+    for row in report["scenes"]["curve"]["rows"]:
+        assert f"| {row['k']} | {row['psnr']:.2f} | {row['ssim']:.3f} |" in text
+    assert f"{report['scenes']['statistics']['used']:,} codes in 48 tokens" in text
+    assert ("rises with every doubling" in text) == report["scenes"]["curve"]["rises"]
+    for name in ("quality.png", "scenes.png"):
+        assert f"({name})" in text
+        assert Image.open(card / name).width > 200
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_committed_card_is_what_its_files_give(card: Path) -> None:
+    assert tokenizer_card.written(card.name.removesuffix("-tokenizer"), card) == (card / "README.md").read_text()
