@@ -27,7 +27,9 @@ def distill(
     tokens: Annotated[int, typer.Option(help="K, the most tokens of a picture.", min=1)] = 256,
     width: Annotated[int, typer.Option(help="Channels inside.", min=4)] = 512,
     blocks: Annotated[int, typer.Option(help="How many.", min=1)] = 4,
-    scheme: Annotated[str, typer.Option(help="Order of the boxes: haar or quadtree.")] = "haar",
+    scheme: Annotated[
+        str, typer.Option(help="What the tokens start as: averages (haar, quadtree) or tokens of the picture (farthest).")
+    ] = "haar",
     features: Annotated[int, typer.Option(help="Steps of the first stage.", min=0)] = 2000,
     answers: Annotated[int, typer.Option(help="Steps of the second stage.", min=0)] = 5000,
     halting: Annotated[int, typer.Option(help='Steps of the head behind keep="auto"; 0: no head.', min=0)] = 300,
