@@ -28,7 +28,7 @@ def distill(
     width: Annotated[int, typer.Option(help="Channels inside.", min=4)] = 512,
     blocks: Annotated[int, typer.Option(help="How many.", min=1)] = 4,
     scheme: Annotated[
-        str, typer.Option(help="What the tokens start as: averages (haar, quadtree) or tokens of the picture (farthest).")
+        str, typer.Option(help="What tokens start as: averages (haar, quadtree) or tokens of the picture (farthest).")
     ] = "haar",
     features: Annotated[int, typer.Option(help="Steps of the first stage.", min=0)] = 2000,
     answers: Annotated[int, typer.Option(help="Steps of the second stage.", min=0)] = 5000,
