@@ -74,8 +74,8 @@ def card(name: str, measured: Mapping[str, Any], report: Mapping[str, Any], log:
         f"{measured['speed']['batch']}: {measured['speed']['device']}, {measured['speed']['threads']} threads, torch "
         f"{measured['speed']['torch']}.",
         "## Training",
-        f"`python -m vtok_eval.train {name}-tokenizer`; {last['step']:,} batches, last loss {last['loss']:.4f}; the log "
-        "is beside this card. Scenes are drawn on the fly: no picture comes twice.",
+        f"`python -m vtok_eval.train {name}-tokenizer`; {last['step']:,} batches, last loss {last['loss']:.4f}; the "
+        "log is beside this card. Scenes are drawn on the fly: no picture comes twice.",
         "## Licences",
         f"Weights: Apache-2.0.\n{LICENCES}",
     ]
@@ -105,8 +105,8 @@ def _set(name: str, found: Mapping[str, Any]) -> list[str]:
         places = stats["positions"]
         dead = sum(own["dead"] for own in places)
         parts.append(
-            f"Code usage: {stats['used']:,} codes in {stats['tokens']:,} tokens; {dead} of {len(places)} positions dead, "
-            f"a dead tail of {stats['dead_tail']}."
+            f"Code usage: {stats['used']:,} codes in {stats['tokens']:,} tokens; {dead} of {len(places)} positions "
+            f"dead, a dead tail of {stats['dead_tail']}."
         )
         parts.append("\n".join(table(["position", "codes", "entropy, bits", "at most", "of its digits", "commonest, %"],
                                      [_position(own) for own in places])))  # fmt: skip
