@@ -41,7 +41,13 @@ def speed(tokenizer: FlexTok) -> dict[str, Any]:
     return {"images_per_second": BATCH / statistics.median(seconds[1:]), "batch": BATCH, **machine(torch.device("cpu"))}
 
 
-def card(name: str, measured: Mapping[str, Any], report: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+def card(
+    name: str,
+    measured: Mapping[str, Any],
+    report: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
+    notes: str = "",
+) -> str:
     """The text of the card.
 
     Parameters
@@ -54,6 +60,8 @@ def card(name: str, measured: Mapping[str, Any], report: Mapping[str, Any], log:
         ``report.json`` of its training, as ``vtok.tokenizers.train.assess`` writes it.
     log : sequence of mapping
         Of the training.
+    notes : str
+        How the shipped weights' training differed from what the command does, if it did.
     """
     last = log[-1]
     parts = [
@@ -76,6 +84,7 @@ def card(name: str, measured: Mapping[str, Any], report: Mapping[str, Any], log:
         "## Training",
         f"`python -m vtok_eval.train {name}-tokenizer`; {last['step']:,} batches, last loss {last['loss']:.4f}; the "
         "log is beside this card. Scenes are drawn on the fly: no picture comes twice.",
+        *([notes.strip()] if notes.strip() else []),
         "## Licences",
         f"Weights: Apache-2.0.\n{LICENCES}",
     ]
@@ -124,7 +133,8 @@ def command(
     run: Annotated[Path, typer.Option(help="Folder of its training.")],
     out: Annotated[Path, typer.Option(help="Folder of cards.")] = Path("model_cards"),
 ) -> None:
-    """Write out/NAME-tokenizer: README.md and what it is made of, from a finished training. Times the tokenizer."""
+    """Write out/NAME-tokenizer: README.md and what it is made of, from a finished training and the training.md that
+    lies there. Times the tokenizer."""
     report = run / REPORT
     if not report.is_file():
         raise VtokError(f"{run} holds no finished training ({REPORT} is missing); run the same training command again")
@@ -154,7 +164,8 @@ def written(name: str, folder: Path) -> str:
     """The card that the files beside it give."""
     measured, report = (json.loads((folder / part).read_text(encoding="utf-8")) for part in (MEASURED, REPORT))
     log = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
-    return card(name, measured, report, log)
+    notes = folder / "training.md"
+    return card(name, measured, report, log, notes.read_text(encoding="utf-8") if notes.is_file() else "")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from vtok.tokenizers import preset
 from vtok.tokenizers.data import find
 from vtok.tokenizers.train import Recipe, assess, train
 
-#: 0.46 s a step on one core of its own (two views of each scene: drawing is a quarter of it), so an hour and a half
-RECIPE = Recipe(steps=11000, batch=32, rate=1e-3, warmup=200, views=2)
+#: 0.48 s a step on one core of its own (two views of each scene: drawing is a quarter of it), so an hour
+RECIPE = Recipe(steps=7000, batch=32, rate=1e-3, warmup=200, views=2)
 MEASURED = ("scenes", "photographs")
 
 
@@ -40,7 +40,7 @@ def run(
         The folder of the finished tokenizer.
     """
     held_out = [find(name, "held-out", seed=seed) for name in MEASURED]
-    held_out[1].picture(0)  # a missing scikit-image is told now, not in an hour and a half
+    held_out[1].picture(0)  # a missing scikit-image is told now, not in an hour
     recipe = replace(RECIPE, steps=max(1, round(RECIPE.steps * scale)), seed=seed)
     pictures = find("scenes", "train", seed=seed)
     tokenizer = train(preset("nano"), pictures, out, recipe, device=device, workers=workers, resume=resume)
