@@ -22,6 +22,7 @@ from vtok_eval.harness.store import write_json
 from vtok_eval.models.about import PICTURES as LICENCES
 from vtok_eval.render.markdown import table
 from vtok_eval.render.quality import draw
+from vtok_eval.render.words import count
 
 MEASURED, LOG, PLOT = "measured.json", "training.jsonl", "quality.png"
 #: pictures of a batch whose encoding and decoding are timed, and how often
@@ -79,7 +80,7 @@ def card(
         *[part for key, found in report.items() for part in _set(key, found)],
         "## Speed",
         f"{measured['speed']['images_per_second']:.0f} pictures a second, encoded and decoded in batches of "
-        f"{measured['speed']['batch']}: {measured['speed']['device']}, {measured['speed']['threads']} threads, torch "
+        f"{measured['speed']['batch']}: {measured['speed']['device']}, {count(measured['speed']['threads'], 'thread')}, torch "
         f"{measured['speed']['torch']}.",
         "## Training",
         f"`python -m vtok_eval.train {name}-tokenizer`; {last['step']:,} batches, last loss {last['loss']:.4f}; the "
