@@ -64,7 +64,7 @@ def card(
     notes : str
         How the shipped weights' training differed from what the command does, if it did.
     """
-    last = log[-1]
+    last, speed = log[-1], measured["speed"]
     parts = [
         f"# Image tokenizer {name}",
         f"A picture of {measured['side']} x {measured['side']} pixels as 1 to {measured['tokens']} ordered tokens of "
@@ -79,9 +79,8 @@ def card(
         f"![PSNR over tokens, and what each position says]({PLOT})",
         *[part for key, found in report.items() for part in _set(key, found)],
         "## Speed",
-        f"{measured['speed']['images_per_second']:.0f} pictures a second, encoded and decoded in batches of "
-        f"{measured['speed']['batch']}: {measured['speed']['device']}, {count(measured['speed']['threads'], 'thread')}, torch "
-        f"{measured['speed']['torch']}.",
+        f"{speed['images_per_second']:.0f} pictures a second, encoded and decoded in batches of {speed['batch']}: "
+        f"{speed['device']}, {count(speed['threads'], 'thread')}, torch {speed['torch']}.",
         "## Training",
         f"`python -m vtok_eval.train {name}-tokenizer`; {last['step']:,} batches, last loss {last['loss']:.4f}; the "
         "log is beside this card. Scenes are drawn on the fly: no picture comes twice.",
