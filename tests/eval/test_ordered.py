@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import vtok
 from vtok.errors import VtokError
-from vtok_eval import tasks
+from vtok_eval import models, tasks
 from vtok_eval.harness import store
 from vtok_eval.models import ordered, resamplers
 
@@ -91,3 +93,21 @@ def test_verdicts() -> None:
 def test_a_committed_card_is_what_its_files_give(card: Path) -> None:
     name = card.name.removesuffix("-resampler")
     assert ordered.written(name, card, resamplers.folder(name)) == (card / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in resamplers.DATA.glob("*")))
+def test_shipped_weights_belong_to_their_model(name: str) -> None:
+    """The first tokens of a longer sequence are those of a shorter one, on real features, too."""
+    model, processor = models.load(name)
+    content = [{"type": "image"}, {"type": "text", "text": "what is this?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    (scene,) = tasks.load("objects", limit=1)
+    inputs = processor(images=[scene.picture(scene.samples[0].images[0])], text=[text], return_tensors="pt")
+    kept, logits = [], []
+    for keep in (5, 17):
+        with vtok.compressed(model, "flextok", keep=keep, weights=name), torch.no_grad():
+            logits.append(model(**inputs).logits[0, -1])
+            kept.append(set(vtok.report(model).kept[0][0].tolist()))
+    assert [len(own) for own in kept] == [5, 17]
+    assert kept[0] < kept[1]
+    assert not torch.equal(logits[0], logits[1])

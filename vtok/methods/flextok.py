@@ -24,7 +24,7 @@ from vtok.resampler.starts import FARTHEST, SCHEMES, Starts, averaged, farthest,
 from vtok.tokenizers import anchors
 from vtok.view import Selection, Shape, Stage, TowerView, View
 
-#: quality of keep="auto" where none is given: the share of a picture's features that its tokens explain
+#: quality of keep="auto" where none is given: the share, of what all tokens tell of a picture, that its own must tell
 QUALITY = 0.8
 
 

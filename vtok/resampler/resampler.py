@@ -133,7 +133,7 @@ class OrderedResampler(nn.Module):
 
         Args:
             registers: what ``read`` gave.
-            quality: share of a picture's features that its tokens must explain, in (0, 1).
+            quality: share, of what all K tokens tell of a picture's features, that its tokens must tell; in (0, 1).
         """
         if not self.config.halting:
             raise VtokError("this resampler has no halting head; distil it with --halting, or choose k yourself")
