@@ -199,7 +199,7 @@ class FlexTok(Method):
 
 def _untrained(x: Tensor, grid: tuple[int, int], count: int, scheme: str) -> Starts:
     if scheme == FARTHEST:
-        return farthest(x, grid, count, x)
+        return farthest(x, grid, count)
     first = averaged(x.float(), grid, anchors.boxes(count, scheme).to(x.device))
     return dataclasses.replace(first, tokens=first.tokens.to(x.dtype))
 

@@ -110,10 +110,7 @@ class OrderedResampler(nn.Module):
         return Read(first.tokens + self.spread * self.leave(h), h, first)
 
     def _entered(self, x: Tensor) -> Tensor:
-        return self.enter(self.norm_in(self._standard(x)))
-
-    def _standard(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.spread
+        return self.enter(self.norm_in((x - self.mean) / self.spread))
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
@@ -125,7 +122,7 @@ class OrderedResampler(nn.Module):
     def starts(self, x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = None) -> Starts:
         """The first k tokens without what was learnt: what an untrained resampler gives."""
         if self.boxes is None:
-            return farthest(x, grid, k, self._standard(x), mask)
+            return farthest(x, grid, k, mask)
         return averaged(x, grid, self.boxes[:k], mask)
 
     def enough(self, registers: Tensor, quality: float) -> Tensor:

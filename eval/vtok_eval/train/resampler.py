@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "drawn": 240,
         "scenes": _SCENES,
         "features": {"steps": 300, "rate": 1e-3},
-        "answers": {"steps": 600, "rate": 3e-4},
+        "answers": {"steps": 500, "rate": 3e-4},
         "anew": True,
         "halting": {"steps": 100, "rate": 1e-3},
     }

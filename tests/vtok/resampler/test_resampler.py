@@ -70,16 +70,11 @@ def test_the_first_k_of_many_are_a_run_with_k(grid: tuple[int, int], scheme: str
         torch.testing.assert_close(resampler(x, grid, k), whole[:, :k], atol=1e-5, rtol=0)
 
 
-def test_what_is_picked_is_compared_by_standardised_channels() -> None:
-    resampler, x = made(scheme="farthest"), tokens((6, 6))
-    x[..., 0] = x[..., 0] + 500  # such a channel hides all others from a cosine
-    plain = resampler.starts(x, (6, 6), 8).picks
-    resampler.measure(x)
-    measured = resampler.starts(x, (6, 6), 8).picks
-    assert plain is not None and measured is not None and not torch.equal(plain, measured)
-    other = x * torch.linspace(1, 30, 24) - 4
-    resampler.measure(other)
-    assert torch.equal(resampler.starts(other, (6, 6), 8).picks, measured)
+def test_what_is_picked_does_not_depend_on_what_was_measured() -> None:
+    resampler, x = made(scheme="farthest"), tokens((6, 6)) + 1
+    before = resampler.starts(x, (6, 6), 8).picks
+    resampler.measure(3 * x + 5)
+    assert before is not None and torch.equal(resampler.starts(x, (6, 6), 8).picks, before)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
