@@ -15,7 +15,6 @@ from vtok_eval.harness import store
 from vtok_eval.harness.cells import Entry
 from vtok_eval.harness.score import Table, collect
 from vtok_eval.models.about import PICTURES as LICENCES
-from vtok_eval.models.card import PICTURES
 from vtok_eval.render.markdown import page_markdown, table
 from vtok_eval.render.results import Run, read
 from vtok_eval.render.words import chance, percent, points
@@ -23,6 +22,7 @@ from vtok_eval.render.words import chance, percent, points
 #: rows of the run: the resampler, the averages it is compared with, and what it started from
 TRAINED, AVERAGES, START = "trained", "averages", "start"
 COMPARED = "compared.json"
+PICTURES = {"pareto.png": "Accuracy against visual tokens", "curves.png": "Task by task"}
 LEVEL = 0.05
 
 
