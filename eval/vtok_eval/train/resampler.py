@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "features": {"steps": 300, "rate": 1e-3},
         "answers": {"steps": 500, "rate": 3e-4},
         "anew": True,
-        "halting": {"steps": 100, "rate": 1e-3},
+        "halting": {"steps": 300, "rate": 1e-3},
     }
 }
 # fewer tokens of fewer channels: everything but the drawing costs half
