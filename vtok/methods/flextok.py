@@ -39,7 +39,7 @@ class FlexTok(Method):
 
     Args:
         weights: folder of a trained resampler, the name of an installed one, or an ``OrderedResampler``. ``None``:
-            averages alone.
+            nothing is learnt.
         scheme: the sequence without weights: averages over boxes, ``"quadtree"`` (all four children of a box) or
             ``"haar"`` (three, the fourth is in their parent), or ``"farthest"``: tokens, the next always the least like
             all before it. Trained weights have their own.
@@ -200,8 +200,7 @@ class FlexTok(Method):
 def _untrained(x: Tensor, grid: tuple[int, int], count: int, scheme: str) -> Starts:
     if scheme == FARTHEST:
         return farthest(x, grid, count)
-    first = averaged(x.float(), grid, anchors.boxes(count, scheme).to(x.device))
-    return dataclasses.replace(first, tokens=first.tokens.to(x.dtype))
+    return averaged(x, grid, anchors.boxes(count, scheme).to(x.device))
 
 
 def _shared(grids: Sequence[tuple[Tensor, tuple[int, int]]], count: int) -> list[tuple[Tensor, tuple[int, int], int]]:

@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "halting": {"steps": 300, "rate": 1e-3},
     }
 }
-# fewer tokens of fewer channels: everything but the drawing costs half
+# its tokens have fewer channels
 RECIPES["nano-qwen"] = RECIPES["nano-llava"] | {"config": RECIPES["nano-llava"]["config"] | {"width": 128}}
 
 
