@@ -24,6 +24,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def run(call: list[str], **_: Any) -> SimpleNamespace:
         seen.append(call)
+        Path(call[call.index("export") + 2]).mkdir(exist_ok=True)
         method = call[call.index("--method") + 1]
         if method == "todre" and "--fixed" not in call:
             return SimpleNamespace(
@@ -71,3 +72,13 @@ def test_a_stopped_run_goes_on(calls: list[list[str]], tmp_path: Path) -> None:
     assert (tmp_path / exports.TABLE).read_text() == first and len(calls) == 4
     with pytest.raises(VtokError, match="another budget than 5"):
         command(tmp_path, keep="5")
+
+
+def test_options_go_to_their_method_and_folders_stay_where_asked(calls: list[list[str]], tmp_path: Path) -> None:
+    exports.command("some/m", "tome,flextok", "hf,onnx:int8", "9", 4, ["flextok.weights={model}"], True, tmp_path)
+    given = [[call[i + 1] for i, word in enumerate(call) if word == "--option"] for call in calls]
+    assert given == [[], [], ["weights=some/m"], ["weights=some/m"]]
+    folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert folders == ["m-flextok-9-hf", "m-flextok-9-onnx-int8", "m-tome-9-hf", "m-tome-9-onnx-int8"]
+    exports.command("some/m", "divprune", "hf", "9", 4, None, False, tmp_path)
+    assert not (tmp_path / "m-divprune-9-hf").exists()

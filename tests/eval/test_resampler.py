@@ -245,6 +245,42 @@ def test_what_is_captured_is_what_the_resampler_gets(folder: Path) -> None:
     assert "_vtok" not in model.__dict__
 
 
+@pytest.mark.grad
+def test_the_head_learns_from_answers_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig, distill
+    from vtok.resampler.data import Singles, read
+    from vtok.resampler.learn import Features
+
+    model, processor = nano.blank("nano-llava", scenes.words())
+    config = ResamplerConfig(dim=384, width=32, head_dim=16, blocks=1, tokens=8, halting=True)
+    learned = Features(OrderedResampler(config), FeatureReader(config, 1))
+    torch.nn.init.normal_(learned.resampler.leave.weight, std=20.0)  # nothing is what it was
+    given: list[tuple[list[int], list[bool]]] = []
+
+    def loss(logits: Any, same: torch.Tensor) -> torch.Tensor:
+        given.append(([len(own) for own in logits], same.tolist()))
+        return torch.cat(list(logits)).sum()
+
+    monkeypatch.setattr(distill, "agreement_loss", loss)
+    asked = Singles(read(folder), processor, 4, 1, "0")[0]
+    assert [len(one.lengths) for one in asked] == [1] * 4
+    distillation = Distillation(model, learned, Recipe(batch=4))
+    total, numbers = distillation.halting(asked)
+    total.backward()
+    ((pictures, same),) = given
+    assert sorted(pictures) == [1, 1, 1, 2]
+    assert numbers == {"same": sum(same) / 4}
+    changed = [name for name, p in learned.named_parameters() if p.grad is not None]
+    assert changed and all(name.startswith("resampler.halting.") for name in changed)
+    assert "_vtok" not in model.__dict__
+    # tokens that are the picture's own, and all of them: nothing can change
+    torch.nn.init.zeros_(learned.resampler.leave.weight)
+    monkeypatch.setattr(distill, "prefixes", lambda most: (most, most))
+    whole = ResamplerConfig(dim=384, width=32, head_dim=16, blocks=1, tokens=1024, halting=True, scheme="farthest")
+    learned.resampler = OrderedResampler(whole)
+    assert distillation.halting(asked)[1] == {}  # pictures stay whole
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
     ("line", "match"),

@@ -20,11 +20,12 @@ from vtok.methods._grid import positions, share_parts
 from vtok.protocol import Part
 from vtok.resampler import OrderedResampler, files
 from vtok.resampler.layout import Plan, plan
+from vtok.resampler.resampler import Read
 from vtok.resampler.starts import FARTHEST, SCHEMES, Starts, averaged, farthest, planned
 from vtok.tokenizers import anchors
 from vtok.view import Selection, Shape, Stage, TowerView, View
 
-#: quality of keep="auto" where none is given: the share, of what all tokens tell of a picture, that its own must tell
+#: quality of keep="auto" where none is given: how likely the model must say what it says with all tokens
 QUALITY = 0.8
 
 
@@ -43,8 +44,9 @@ class FlexTok(Method):
         scheme: the sequence without weights: averages over boxes, ``"quadtree"`` (all four children of a box) or
             ``"haar"`` (three, the fourth is in their parent), or ``"farthest"``: tokens, the next always the least like
             all before it. Trained weights have their own.
-        auto: quality in (0, 1) at which a picture has enough tokens, at most ``keep``; needs weights that were trained
-            for it. ``keep="auto"`` is 0.8 where none is given.
+        auto: a picture gets as many tokens, at most ``keep``, as make the model's answer the one without compression
+            with this probability, in (0, 1), over questions like those it was trained on; needs weights that were
+            trained for it. ``keep="auto"`` is 0.8 where none is given.
     """
 
     summary = "ordered tokens from coarse to fine, averages or trained"
@@ -193,8 +195,12 @@ class FlexTok(Method):
                 f"these weights give up to {most} tokens of a picture, and {count} were asked for; take keep={most} or "
                 "less, or leave weights out"
             )
-        read = resampler.read(x.to(next(resampler.parameters()).dtype), grid, count)
+        read = self.watched(resampler.read(x.to(next(resampler.parameters()).dtype), grid, count))
         return read.tokens.to(x.dtype), read.starts, read.registers
+
+    def watched(self, read: Read) -> Read:
+        """What a resampler made of pictures of one grid, for those who look on."""
+        return read
 
 
 def _untrained(x: Tensor, grid: tuple[int, int], count: int, scheme: str) -> Starts:

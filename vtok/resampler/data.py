@@ -124,6 +124,15 @@ class Batches(Dataset):
         return self.questions[order[place]]
 
 
+class Singles(Batches):
+    """The same, each question as a batch of its own."""
+
+    def __getitem__(self, step: int) -> list[Prompts]:  # type: ignore[override]
+        progress = step / max(1, self.steps - 1)
+        chosen = [self._at(step * self.size + i) for i in range(self.size)]
+        return [prompts(self.processor, [one], progress) for one in chosen]
+
+
 def prompts(processor: Any, questions: Sequence[Question], progress: float = 1.0) -> Prompts:
     """Questions and answers through a processor."""
     end = processor.tokenizer.eos_token or ""

@@ -17,12 +17,13 @@ from vtok.api import adapter_of
 from vtok.errors import VtokError
 from vtok.methods.flextok import FlexTok, layouts
 from vtok.resampler import files
+from vtok.resampler.agreement import agreement_loss
 from vtok.resampler.config import ResamplerConfig
-from vtok.resampler.data import Batches, Prompts, Question
+from vtok.resampler.data import Batches, Prompts, Question, Singles
 from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
 from vtok.resampler.lora import Lora
 from vtok.resampler.reader import FeatureReader
-from vtok.resampler.resampler import OrderedResampler
+from vtok.resampler.resampler import OrderedResampler, Read
 from vtok.training import Stage, train
 from vtok.view import Selection, View
 
@@ -80,6 +81,17 @@ class Capture(FlexTok):
         return super().select(view, count)
 
 
+@dataclass(frozen=True)
+class Watch(FlexTok):
+    """Writes down what the last register of each picture holds."""
+
+    last: list[Tensor] = field(default_factory=list, compare=False)
+
+    def watched(self, read: Read) -> Read:
+        self.last.append(read.registers[:, -1].detach())
+        return read
+
+
 class Distillation:
     """A frozen model, and what is learnt from it.
 
@@ -107,7 +119,7 @@ class Distillation:
         return capture.seen
 
     def features(self, batch: Prompts) -> tuple[Tensor, dict[str, float]]:
-        """A step of the first and of the last stage."""
+        """A step of the first stage."""
         return self.learned.loss(self.pictures(batch), batch.progress)
 
     def answers(self, batch: Prompts) -> tuple[Tensor, dict[str, float]]:
@@ -127,6 +139,29 @@ class Distillation:
             total = total + loss / 2
             numbers |= {f"{key} {name}": value for key, value in found.items()}
         return total, numbers
+
+    def halting(self, questions: Sequence[Prompts]) -> tuple[Tensor, dict[str, float]]:
+        """A step of the last stage: whether answers stay the same with a prefix. One question at a time, so that it is
+        plain which pictures, tiles or frames an answer hangs on."""
+        resampler = self.learned.resampler
+        registers, same = [], []
+        for one in questions:
+            k = prefixes(resampler.config.tokens)[1]
+            watch = Watch(weights=resampler)
+            inputs = self._inputs(one)
+            with torch.no_grad():
+                with self.lora.off() if self.lora else nullcontext():
+                    wanted = self._said(inputs, one).argmax(-1)
+                with vtok.compressed(self.model, watch, keep=k):
+                    said = self._said(inputs, one).argmax(-1)
+            # pictures of no more tokens than a prefix stay whole, and teach nothing
+            if watch.last:
+                registers.append(torch.cat(watch.last))
+                same.append(torch.equal(said, wanted))
+        if not same:
+            return 0.0 * resampler.halting.out.weight.sum(), {}
+        loss = agreement_loss([resampler.halting(own) for own in registers], torch.tensor(same))
+        return loss, {"same": sum(same) / len(same)}
 
     def _said(self, inputs: dict[str, Tensor], batch: Prompts) -> Tensor:
         """(A, V) logits of the answers' tokens, row after row."""
@@ -201,12 +236,12 @@ def distill(
         ("answers", recipe.answers, distillation.answers, [learned.resampler, *changed], recipe.rate / 2),
     ]
     if config.halting:
-        heads = [learned.resampler.halting, learned.reader]
-        stages.append(("halting", recipe.halting, distillation.features, heads, recipe.rate))
+        stages.append(("halting", recipe.halting, distillation.halting, [learned.resampler.halting], recipe.rate))
     for name, steps, step, modules, rate in stages:
         if steps:
             what = Stage(name, steps, [(modules, rate)], step, warmup=max(1, min(200, steps // 10)))
-            batches = Batches(questions, processor, recipe.batch, steps, f"{recipe.seed}/{name}")
+            kind = Singles if name == "halting" else Batches
+            batches = kind(questions, processor, recipe.batch, steps, f"{recipe.seed}/{name}")
             whole = nn.ModuleList([learned, *changed]) if lora else learned
             train(whole, what, batches, out, workers=workers, resume=resume, console=console)
     if lora:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtok.resampler.reader import FeatureReader
-from vtok.resampler.resampler import OrderedResampler, Read
-from vtok.tokenizers.halting import ask, halting_loss
+from vtok.resampler.resampler import OrderedResampler
 
 #: visual tokens (n, D) of one picture with its grid (rows, columns)
 Picture = tuple[Tensor, tuple[int, int]]
@@ -57,31 +56,12 @@ class Features(nn.Module):
         for grid, x in stacked(pictures):
             read = self.resampler.read(x, grid, max(chosen))
             most = read.tokens.shape[1]
-            full: Tensor | None = None
             for name, wanted in zip(("long", "some"), chosen, strict=True):
-                k = min(wanted, most)
-                loss, share = self.reader.loss(read, k, x, grid)
+                loss, share = self.reader.loss(read, min(wanted, most), x, grid)
                 explained[name] += share.tolist()
-                full = share if full is None else full
-                if config.halting:
-                    loss = loss + 0.1 * self._halting(read, k, _behind(share, full) if k < most else 0 * share)
                 whole = whole.to(x.device) + loss * len(x) / 2
             count += len(x)
         return whole / count, {name: sum(own) / len(own) for name, own in explained.items()}
-
-    def _halting(self, read: Read, k: int, error: Tensor) -> Tensor:
-        """What k tokens were measured to leave out, as a lesson for the head."""
-        error = error.clamp(1e-3, 4.0)
-        asked = ask(error).to(error.device).clamp(1e-3, 1.0)
-        # the head reads what is there; it must not bend the tokens to its own ends
-        logits = self.resampler.halting(read.registers.detach(), asked)
-        return halting_loss(logits, torch.full((len(error),), k, device=error.device), error, asked)
-
-
-def _behind(share: Tensor, full: Tensor) -> Tensor:
-    """How far shares explained by a prefix are behind those by all tokens: 0 where they are as large, 1 where nothing
-    is explained. A small reader finds a part of the features only, whatever it is given."""
-    return 1 - share / full.clamp_min(0.02)
 
 
 def stacked(pictures: Sequence[Picture]) -> list[tuple[tuple[int, int], Tensor]]:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import VtokError
+from vtok.resampler.agreement import AgreementHead, enough
 from vtok.resampler.config import ResamplerConfig
 from vtok.resampler.starts import FARTHEST, Starts, averaged, cells, farthest, levels
 from vtok.tokenizers import anchors
 from vtok.tokenizers.blocks import Block, initialise, sincos2d
-from vtok.tokenizers.halting import HaltingHead, halt
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class OrderedResampler(nn.Module):
         nn.init.trunc_normal_(self.registers, std=0.02)
         nn.init.zeros_(self.leave.weight)
         if config.halting:
-            self.halting = HaltingHead(width)
+            self.halting = AgreementHead(width)
 
     def forward(self, x: Tensor, grid: tuple[int, int], k: int | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, k, D) tokens of x (B, N, D), in their order; at most N where the scheme picks tokens.
@@ -130,12 +130,11 @@ class OrderedResampler(nn.Module):
 
         Args:
             registers: what ``read`` gave.
-            quality: share, of what all K tokens tell of a picture's features, that its tokens must tell; in (0, 1).
+            quality: probability, in (0, 1), that the model says what it says with all of the picture's tokens.
         """
         if not self.config.halting:
             raise VtokError("this resampler has no halting head; distil it with --halting, or choose k yourself")
-        error = registers.new_full((len(registers),), 1 - quality)
-        return halt(self.halting(registers, error))
+        return enough(self.halting(registers), quality)
 
     def _checked(self, x: Tensor, grid: tuple[int, int], k: int | None) -> int:
         most = self.config.tokens

@@ -29,8 +29,23 @@ def pairs(models: Iterable[str], methods: Iterable[str], targets: Iterable[str])
     return [(model, method, target) for model in models for method in methods for target in targets]
 
 
-def attempt(pair: tuple[str, str, str], keep: str, samples: int, folder: Path) -> dict[str, Any]:
+def attempt(
+    pair: tuple[str, str, str], keep: str, samples: int, folder: Path, options: Sequence[str] = ()
+) -> dict[str, Any]:
     """One export in a process of its own.
+
+    Parameters
+    ----------
+    pair : tuple of str
+        Model, method and target.
+    keep : str
+        Visual tokens per image.
+    samples : int
+        Questions of the parity check.
+    folder : Path
+        Where to.
+    options : sequence of str
+        ``"flextok.weights={model}"``: options of methods, of which this one's are taken.
 
     Returns
     -------
@@ -42,6 +57,8 @@ def attempt(pair: tuple[str, str, str], keep: str, samples: int, folder: Path) -
     call = [sys.executable, "-m", "vtok.cli", "export", model, str(folder), "--method", method, "--keep", keep]
     call += ["--to", to, "--samples", str(samples), "--overwrite", "--json"]
     call += ["--precision", precision] if precision else []
+    for name, _, option in (text.partition(".") for text in options):
+        call += ["--option", option.format(model=model)] if name == method else []
     started = time.monotonic()
     for more in ([], ["--fixed"]):
         ran = subprocess.run([*call, *more], capture_output=True, text=True)
@@ -95,6 +112,11 @@ def command(
     ),
     keep: Annotated[str, typer.Option(help="Visual tokens per image.")] = "64",
     samples: Annotated[int, typer.Option(help="Questions of each parity check.", min=1)] = 100,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="Of a method, such as flextok.weights={model}; {model} is the model."),
+    ] = None,
+    keep_folders: Annotated[bool, typer.Option(help="Leave the exported folders there, for vtok card.")] = False,
     out: Annotated[Path, typer.Option(help="For exports.jsonl and exports.md.")] = Path("exports"),
 ) -> None:
     """Export every pair, keep what the parity checks found, and print a table; a run that was stopped goes on."""
@@ -106,11 +128,12 @@ def command(
         raise VtokError(f"{lines} holds exports at another budget than {keep}; give another --out")
     wanted = pairs(*(text.split(",") for text in (models, method, to)))
     missing = [pair for pair in wanted if pair not in done]
-    folder = out / "export"
     with progress("exporting", len(missing)) as advance:
         for pair in missing:
-            line = attempt(pair, keep, samples, folder)
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = out / "-".join([Path(pair[0]).name, pair[1], keep, pair[2].replace(":", "-")])
+            line = attempt(pair, keep, samples, folder, option or ())
+            if not keep_folders:
+                shutil.rmtree(folder, ignore_errors=True)
             with lines.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             found.append(line)

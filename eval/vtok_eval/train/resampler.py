@@ -22,11 +22,13 @@ from vtok.errors import VtokError
 from vtok.io import plain
 from vtok.progress import progress
 from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig, files
+from vtok.resampler.agreement import agreement_loss, same_answers
 from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
+from vtok.resampler.resampler import Read
 from vtok.resampler.starts import planned
 from vtok.training import Stage, train
 from vtok_eval.train.data import Batch, Scenes, moved
-from vtok_eval.train.language import Talk
+from vtok_eval.train.language import Answers, Talk
 from vtok_eval.train.tower import matmul_patches
 
 #: how often the long prefix of the second stage is all tokens
@@ -48,10 +50,10 @@ _SCENES: dict[str, Any] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "nano-llava": {
         "config": {"width": 192, "blocks": 3, "tokens": 256, "halting": True, "scheme": "farthest"},
-        "drawn": 240,
+        "drawn": 360,
         "scenes": _SCENES,
         "features": {"steps": 300, "rate": 1e-3},
-        "answers": {"steps": 500, "rate": 3e-4},
+        "answers": {"steps": 1200, "rate": 3e-4},
         "anew": True,
         "halting": {"steps": 300, "rate": 1e-3},
     }
@@ -127,11 +129,11 @@ def run(
     def features(seen: Seen) -> tuple[Tensor, dict[str, float]]:
         return learned.loss(_on(seen.pictures, device), seen.progress)
 
-    # what the second stage makes of the tokens, the head and the reader have not seen: they learn it last
+    # the head learns last, from tokens as they are then
     stages: list[tuple[str, Callable[[Seen], tuple[Tensor, dict[str, float]]], list[nn.Module]]] = [
         ("features", features, [learned]),
         ("answers", distil.step, [learned.resampler]),
-        ("halting", features, [learned.resampler.halting, learned.reader]),
+        ("halting", distil.halting, [learned.resampler.halting]),
     ]
     for stage, step, modules in stages:
         total = max(1, round(recipe[stage]["steps"] * scale))
@@ -268,33 +270,60 @@ def projected(talk: Talk, tokens: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Answering:
-    """Second stage: the language model, frozen, must say with a prefix what it says with all tokens."""
+    """The language model, frozen, must say with a prefix what it says with all tokens.
+
+    Parameters
+    ----------
+    talk : Talk
+        The model.
+    resampler : OrderedResampler
+        What it is told.
+    """
 
     def __init__(self, talk: Talk, resampler: OrderedResampler) -> None:
         self.talk, self.resampler = talk, resampler
 
     def step(self, seen: Seen) -> tuple[Tensor, dict[str, float]]:
         device = next(self.talk.parameters()).device
-        config = self.resampler.config
         total = torch.zeros((), device=device)
         numbers: dict[str, float] = {}
-        pictures = _on(seen.pictures, device)
-        chosen = prefixes(config.tokens, seen.progress, WHOLE)
-        whole = [self.resampler.read(x[None], grid, max(chosen)) for x, grid in pictures]
+        chosen = prefixes(self.resampler.config.tokens, seen.progress, WHOLE)
+        whole = self._read(seen, max(chosen))
         for name, k in zip(("long", "some"), chosen, strict=True):
-            laid = [
-                own
-                for read, (_, grid) in zip(whole, pictures, strict=True)
-                for own in planned(read.starts, [k], grid, config.scheme)
-            ]
-            order = [own.places.argsort() for own in laid]
-            tokens = [read.tokens[0, own.to(device)] for read, own in zip(whole, order, strict=True)]
-            kept = [own.places[by] for own, by in zip(laid, order, strict=True)]
-            said = self.talk.answers(seen.batch, projected(self.talk, tokens), kept)
+            said = self._said(seen, whole, k)
             loss, found = answer_loss(said.logits, seen.teacher.to(device), said.target)
             total = total + loss / 2
             numbers |= {f"{key} {name}": value for key, value in found.items()}
         return total, numbers
+
+    def halting(self, seen: Seen) -> tuple[Tensor, dict[str, float]]:
+        """Third stage: whether answers stay the same with a prefix."""
+        with torch.no_grad():
+            k = prefixes(self.resampler.config.tokens)[1]
+            whole = self._read(seen, k)
+            said = self._said(seen, whole, k)
+            same = same_answers(said.logits.argmax(-1), seen.teacher.to(said.logits).argmax(-1), said.turn)
+        # an item's questions are about all of its pictures, and items have equally many
+        head = self.resampler.halting(torch.cat([read.registers[:, -1:] for read in whole]))
+        items = head.view(len(seen.batch.turns), -1)
+        asked = [own for own, turns in zip(items, seen.batch.turns, strict=True) for _ in turns]
+        return agreement_loss(asked, same), {"same": same.float().mean().item()}
+
+    def _read(self, seen: Seen, k: int) -> list[Read]:
+        pictures = _on(seen.pictures, next(self.talk.parameters()).device)
+        return [self.resampler.read(x[None], grid, k) for x, grid in pictures]
+
+    def _said(self, seen: Seen, whole: Sequence[Read], k: int) -> Answers:
+        """Answers with the first k tokens of what was read."""
+        laid = [
+            own
+            for read, (_, grid) in zip(whole, seen.pictures, strict=True)
+            for own in planned(read.starts, [k], grid, self.resampler.config.scheme)
+        ]
+        order = [own.places.argsort() for own in laid]
+        tokens = [read.tokens[0, own.to(read.tokens.device)] for read, own in zip(whole, order, strict=True)]
+        kept = [own.places[by] for own, by in zip(laid, order, strict=True)]
+        return self.talk.answers(seen.batch, projected(self.talk, tokens), kept)
 
 
 def distill(model: str, out: Path, **options: Any) -> Path:

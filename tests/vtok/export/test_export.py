@@ -42,7 +42,8 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
     found = made.parity
     assert found is not None and found.passed and found.fresh_process
     assert (found.samples, found.answers_equal, found.kept_equal, found.source) == (3, 3, 3, "bundled")
-    assert found.max_logit_difference == 0.0
+    # another process may place its arrays otherwise, and matrix products then round otherwise
+    assert found.max_logit_difference < 1e-5 * found.logit_range
     assert found.accuracy == found.reference_accuracy
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
