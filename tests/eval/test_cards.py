@@ -107,6 +107,14 @@ def test_without_results(exports: list[Path], tmp_path: Path) -> None:
     assert "license: mit" in text and "A model of 12 layers." in text
     assert "Accuracy was not measured" in text and "## Speed" not in text
     assert not (card / "results.json").exists()
+    assert "no training." in text
+
+
+def test_what_was_trained_beside_the_model_is_said(tmp_path: Path) -> None:
+    trained = {"methods": [{"name": "flextok", "options": {"weights": "some"}}], "keep": 64, "positions": "keep"}
+    out = folder(tmp_path / "out", "hf", "flextok", 64, compression=trained)
+    text = (write([out], tmp_path / "cards", picture=False) / "README.md").read_text()
+    assert "beside them stands what was trained for flextok." in text and "no training" not in text
 
 
 def test_refusals(exports: list[Path], results: Path, tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes of a few steps, and entry points as an installed copy has them."""
     tiny = {
         "config": {"width": 32, "head_dim": 16, "blocks": 1, "tokens": 16, "halting": True, "scheme": "farthest"},
-        "anew": True,
         "drawn": 2,
         "scenes": {"size": 2, "questions": 3, "pairs": 0.5, "lists": 0.5},
         "features": {"steps": 3, "rate": 1e-3},

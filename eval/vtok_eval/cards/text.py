@@ -36,7 +36,7 @@ def render(facts: Facts) -> str:
         front(facts),
         f"# {facts.name}",
         f"`{facts.source['name']}` ({facts.source['class']}, {facts.source['parameters']:,} parameters) with fewer "
-        "visual tokens, by vtok. Weights are those of the model, no training.",
+        f"visual tokens, by vtok. Weights are those of the model, {_trained(settings)}.",
         *([facts.about] if facts.about else []),
         "## What was done",
         "\n".join(table(["method", "keep", "options", "positions"], [_done(one) for one in settings])),
@@ -58,6 +58,12 @@ def render(facts: Facts) -> str:
         facts.licences or "The licence of the model holds for its weights; vtok itself is under Apache-2.0.",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _trained(settings: Sequence[Mapping[str, Any]]) -> str:
+    methods = [method for one in settings for method in one["methods"]]
+    found = dict.fromkeys(method["name"] for method in methods if method["options"].get("weights"))
+    return f"as they were; beside them stands what was trained for {', '.join(found)}" if found else "no training"
 
 
 def front(facts: Facts) -> str:

@@ -45,8 +45,7 @@ _SCENES: dict[str, Any] = {
     "rare": {"exists": 0.2, "colour": 0.2, "position": 0.2, "objects": 0.6},
 }
 
-#: sizes, and steps of what is drawn and of both stages; "anew": the second one starts at the tokens as they are picked,
-#: which the language model knows, with what the blocks have learnt about pictures
+#: sizes, batches that are drawn, and steps of each stage
 RECIPES: dict[str, dict[str, Any]] = {
     "nano-llava": {
         "config": {"width": 192, "blocks": 3, "tokens": 256, "halting": True, "scheme": "farthest"},
@@ -54,7 +53,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "scenes": _SCENES,
         "features": {"steps": 300, "rate": 1e-3},
         "answers": {"steps": 1200, "rate": 3e-4},
-        "anew": True,
         "halting": {"steps": 300, "rate": 1e-3},
     }
 }
@@ -137,7 +135,7 @@ def run(
     ]
     for stage, step, modules in stages:
         total = max(1, round(recipe[stage]["steps"] * scale))
-        if stage == "answers" and recipe.get("anew"):
+        if stage == "answers":  # the language model knows tokens as they are picked, and no reader's
             nn.init.zeros_(learned.resampler.leave.weight)
         what = Stage(stage, total, [(modules, recipe[stage]["rate"])], step, warmup=max(1, min(50, total // 10)))
         train(learned, what, Order(drawn, total, f"{seed}/{stage}"), out, workers=workers, resume=resume)
