@@ -91,6 +91,16 @@ def test_a_nano_resampler_from_drawing_to_use(name: str, tmp_path: Path, monkeyp
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "drawn").iterdir()} == before
     again = files.load(tmp_path / "run" / "resampler")
     assert torch.equal(again.leave.weight, files.load(name).leave.weight)
+    # a head alone, for tokens that stay
+    start = tmp_path / "run" / "resampler"
+    headed = files.load(recipes.run(name, tmp_path / "head", start=start, loaded=(model, processor))).state_dict()
+    changed = {key for key, value in again.state_dict().items() if not torch.equal(value, headed[key])}
+    assert changed and all(key.startswith("halting.") for key in changed)
+    lines = (tmp_path / "head" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in lines] == ["halting"]
+    other = "nano-qwen" if name == "nano-llava" else "nano-llava"
+    with pytest.raises(vtok.VtokError, match=r"belong to a .* model, and this is a"):
+        recipes.run(other, tmp_path / "other", start=start, loaded=nano.blank(other, scenes.words()))
 
 
 @pytest.mark.usefixtures("short")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -30,13 +30,16 @@ def command(
     source: Annotated[
         Path | None, typer.Option("--model", help="Folder of the model that a resampler is for; the embedded one else.")
     ] = None,
-    start: Annotated[Path | None, typer.Option(help="small-llava: a finished delta.safetensors to go on from.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="small-llava: a finished delta.safetensors to go on from; resamplers: one that gets a head."),
+    ] = None,
 ) -> None:
     """Train an embedded model; interrupted, the same command goes on."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = out or Path("runs") / model
-    if start is not None and model != "small-llava":
-        raise VtokError(f"--start is for small-llava; a run of {model} goes on from the checkpoints in {folder}")
+    if start is not None and model not in ("small-llava", *RESAMPLERS):
+        raise VtokError(f"--start is not for {model}; a run of it goes on from the checkpoints in {folder}")
     if model in MODELS[:2]:
         from vtok_eval.train import nano
 
@@ -49,7 +52,8 @@ def command(
         from vtok_eval.train import resampler
 
         name = model.removesuffix("-resampler")
-        resampler.run(name, folder, source=source, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
+        steps: dict[str, Any] = {"seed": seed, "scale": scale, "workers": workers, "resume": resume}
+        resampler.run(name, folder, source=source, device=place, start=start, **steps)
     elif model == TOKENIZER:
         from vtok_eval.train import tokenizer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def run(
     device: str = "cpu",
     workers: int = 0,
     resume: bool = True,
+    start: Path | None = None,
     loaded: tuple[Any, Any] | None = None,
 ) -> Path:
     """Distil a nano model's resampler.
@@ -92,6 +94,8 @@ def run(
         Processes that read what was drawn.
     resume : bool
         Go on from what is in ``out``.
+    start : Path, optional
+        Folder of a finished resampler: its tokens stay, and only the head behind ``keep="auto"`` is learnt anew.
     loaded : tuple, optional
         Model and processor, instead of a folder.
 
@@ -103,7 +107,7 @@ def run(
     Raises
     ------
     VtokError
-        Unknown name, or a model whose weights are not there.
+        Unknown name, a model whose weights are not there, or a start that belongs to another model.
     """
     if name not in RECIPES:
         raise VtokError(f"there is no recipe for a resampler of {name!r}; known are {', '.join(RECIPES)}")
@@ -111,7 +115,7 @@ def run(
     model, processor = loaded or _loaded(name, source)
     model = model.to(device).eval().requires_grad_(False)
     talk = Talk(name, model, processor)
-    count = max(2, round(recipe["drawn"] * scale))
+    count = max(2, round((recipe["drawn"] if start is None else recipe["halting"]["steps"]) * scale))
     data = Scenes(name, processor, steps=count, seed=f"{name}/resampler/{seed}", pixels=False, **recipe["scenes"])
     drawn = Drawn(name, processor, data, out / "drawn")
     with matmul_patches(model):
@@ -120,7 +124,12 @@ def run(
     door = files.door(adapter_of(model))
     config = files.made_for(ResamplerConfig(dim=door.dim, **recipe["config"]), door)
     learned = Features(OrderedResampler(config), FeatureReader(config)).to(device)
-    learned.resampler.measure(torch.cat([x for i in range(min(4, count)) for x, _ in drawn.pictures(i)]).to(device))
+    if start is not None:
+        _tokens(learned.resampler, files.load(start), door, start)
+        recipe = recipe | {"features": None, "answers": None}
+    else:
+        some = torch.cat([x for i in range(min(4, count)) for x, _ in drawn.pictures(i)])
+        learned.resampler.measure(some.to(device))
     learned.reader.measure(learned.resampler)
     distil = Answering(talk, learned.resampler)
 
@@ -134,12 +143,23 @@ def run(
         ("halting", distil.halting, [learned.resampler.halting]),
     ]
     for stage, step, modules in stages:
+        if recipe[stage] is None:
+            continue
         total = max(1, round(recipe[stage]["steps"] * scale))
         if stage == "answers":  # the language model knows tokens as they are picked, and no reader's
             nn.init.zeros_(learned.resampler.leave.weight)
         what = Stage(stage, total, [(modules, recipe[stage]["rate"])], step, warmup=max(1, min(50, total // 10)))
         train(learned, what, Order(drawn, total, f"{seed}/{stage}"), out, workers=workers, resume=resume)
     return files.save(learned.resampler, out / "resampler", torch.bfloat16)
+
+
+def _tokens(resampler: OrderedResampler, finished: OrderedResampler, door: files.Door, start: Path) -> None:
+    """Take over all but the head."""
+    files.check(finished.config, door, str(start))
+    if replace(finished.config, halting=True, fingerprint=resampler.config.fingerprint) != resampler.config:
+        raise VtokError(f"{start} has other sizes than the recipe: {finished.config}; train it anew, without --start")
+    kept = {key: value for key, value in finished.state_dict().items() if not key.startswith("halting.")}
+    resampler.load_state_dict(resampler.state_dict() | kept)
 
 
 def _loaded(name: str, source: Path | None) -> tuple[Any, Any]:
