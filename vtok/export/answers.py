@@ -48,7 +48,12 @@ class Answer:
 
 @torch.no_grad()
 def of_model(
-    model: Any, processor: Any, questions: Sequence[Probe], new_tokens: int, advance: Callable[[int], None]
+    model: Any,
+    processor: Any,
+    questions: Sequence[Probe],
+    new_tokens: int,
+    advance: Callable[[int], None],
+    nudge: float = 0.0,
 ) -> list[Answer]:
     """Greedy answers of a compressed model, one question at a time.
 
@@ -64,7 +69,10 @@ def of_model(
         Most tokens of an answer.
     advance : callable
         Told of every question.
+    nudge : float
+        Pixels are changed by normal noise of this size, relative to each; seeded.
     """
+    noise = torch.Generator().manual_seed(0)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
     found = []
     for question in questions:
@@ -72,6 +80,10 @@ def of_model(
             key: value.to(model.device, model.dtype if value.is_floating_point() else None)
             for key, value in question.tensors(processor).items()
         }
+        if nudge:
+            for key in (key for key, value in tensors.items() if value.is_floating_point()):
+                change = torch.randn(tensors[key].shape, generator=noise).to(tensors[key])
+                tensors[key] = tensors[key] * (1 + nudge * change)
         length = tensors["input_ids"].shape[1]
         given = model.generate(
             **tensors, max_new_tokens=new_tokens, return_dict_in_generate=True, output_logits=True, **greedy

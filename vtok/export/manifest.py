@@ -39,6 +39,9 @@ class Parity:
         Samples of which the same visual tokens were kept.
     kept_shared : float
         Share of kept tokens, over all samples, that both kept.
+    shared_with_itself : float or None
+        The same share of the model and the model with pixels that differ in their last bit: where choices hang on
+        that, no other runtime can make the same ones. Measured only where fewer were shared than is asked for.
     max_logit_difference : float
         Largest absolute difference of the logits of the first new token, over samples with the same tokens kept.
     logit_range : float
@@ -66,6 +69,7 @@ class Parity:
     fresh_process: bool = True
     rule: str = ""
     passed: bool = False
+    shared_with_itself: float | None = None
 
 
 @dataclass(frozen=True)

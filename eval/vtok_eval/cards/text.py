@@ -177,6 +177,14 @@ def _limits(facts: Facts, run: Run | None, settings: Sequence[Mapping[str, Any]]
     if run is None:
         lines.append("Accuracy was not measured. What suffers first is usually small text.")
     lines += list(dict.fromkeys(s for export in facts.exports for s in (export["plan"] or {}).get("left_out", ())))
+    for export in facts.exports:
+        own = export["parity"].get("shared_with_itself")
+        if own is not None:
+            lines.append(
+                f"{label(export['compression'])} chooses between tokens that are all but equal: with pixels changed in "
+                f"their last bit, the model shares {percent(own)}% of its kept tokens with itself, "
+                f"with the {export['target']} export {percent(export['parity']['kept_shared'])}%."
+            )
     if any(export["plan"] for export in facts.exports):
         lines.append("Graphs have a fixed budget and take pictures of one layout; there are no videos.")
     lines.append("What was measured was measured on these questions; other data may need more tokens.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 import vtok
 from vtok.cli import app
 from vtok.errors import VtokError
-from vtok.export import answers, export, verify, writing
+from vtok.export import answers, export, probes, verify, writing
 from vtok.io import CONFIG, SHIM
 
 from ...eval import tiny as small
@@ -76,6 +78,43 @@ def test_half_precision_is_judged_by_its_logits(tmp_path: Path) -> None:
     made = export(model, tmp_path / "out", precision="fp16", fresh=False, **QUICK)
     assert made.precision == "fp16" and made.parity is not None
     assert "5%" in made.parity.rule and 0 < made.parity.max_logit_difference < 0.05 * made.parity.logit_range
+
+
+def test_choices_that_hang_on_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export may choose otherwise as often as the model does when its pixels change in their last bit."""
+    model, processor = built("llava")
+    vtok.compress(model, "divprune", keep=8)
+    asked, of_model = answers.of_folder, answers.of_model
+    nudges: list[float] = []
+
+    def otherwise(found: list[answers.Answer]) -> list[answers.Answer]:
+        return [dataclasses.replace(one, kept=(0, *one.kept[1:-1], 99)) for one in found]
+
+    def steady(*args: Any, nudge: float = 0.0) -> list[answers.Answer]:
+        nudges.append(nudge)
+        return of_model(*args, nudge=nudge)
+
+    monkeypatch.setattr(answers, "of_folder", lambda *args: otherwise(asked(*args)))
+    monkeypatch.setattr(answers, "of_model", steady)
+    with pytest.raises(VtokError, match=r"at least 99\.00% of the kept tokens shared"):
+        export(model, tmp_path / "out", processor=processor, fresh=False, **QUICK)
+    assert nudges[-1] == 2.0**-23
+    monkeypatch.setattr(
+        answers, "of_model", lambda *args, nudge=0.0: (otherwise if nudge else list)(of_model(*args, nudge=nudge))
+    )
+    found = export(model, tmp_path / "out", processor=processor, fresh=False, **QUICK).parity
+    assert found is not None and found.shared_with_itself == found.kept_shared < 0.99
+
+
+def test_nudged_pixels_are_seeded_and_close() -> None:
+    model, processor = built("llava")
+    vtok.compress(model, "divprune", keep=8)
+    questions, _ = probes.find(model, processor, count=2)
+    ask = functools.partial(answers.of_model, model, processor, questions, 1, lambda steps: None)
+    plain, one, two, far = (torch.stack([a.logits for a in ask(nudge=size)]) for size in (0, 2**-23, 2**-23, 0.1))
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one, plain, atol=1e-4, rtol=0)
+    assert (far - plain).abs().max() > 1e-4
 
 
 def test_other_answers_leave_nothing_but_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
