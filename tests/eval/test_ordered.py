@@ -9,12 +9,15 @@ import pytest
 import torch
 
 import vtok
+from vtok.api import adapter_of
 from vtok.errors import VtokError
+from vtok.resampler import OrderedResampler, ResamplerConfig, files
 from vtok_eval import models, tasks
 from vtok_eval.harness import store
-from vtok_eval.models import ordered, resamplers
+from vtok_eval.harness.bits import count
+from vtok_eval.models import enough, ordered, resamplers
 
-from .tiny import run
+from .tiny import build, run
 
 ROWS = ["trained=flextok", "averages=flextok", "divprune"]
 CARDS = sorted((Path(__file__).parents[2] / "model_cards").glob("*-resampler"))
@@ -87,6 +90,32 @@ def test_verdicts() -> None:
     for averages in ({"value": 0.01, "p": 0.2}, {"value": -0.1, "p": 0.001}):
         same = ordered.verdicts(rows(averages={"name": "averages", "accuracy": 0.6, "ci": [0, 0], **averages}))
         assert same[1] == "Not significantly better than averages at 32."
+
+
+def test_what_auto_gives_is_counted_from_the_answers(tmp_path: Path) -> None:
+    model, _ = build("llava")
+    torch.manual_seed(0)
+    door = files.door(adapter_of(model))
+    config = ResamplerConfig(dim=door.dim, width=32, head_dim=16, blocks=1, tokens=8, halting=True)
+    folder = str(files.save(OrderedResampler(files.made_for(config, door)), tmp_path / "weights"))
+    options = {f"q{int(10 * quality)}": {"weights": folder, "auto": quality} for quality in (0.9, 0.4)}
+    asked = tasks.load("objects,exists", limit=4)
+    run("llava", tmp_path / "out", methods=["q9=flextok", "q4=flextok"], keeps=[8], tasks=asked, options=options)
+    rows = enough.measured(tmp_path / "out")
+    assert [row["quality"] for row in rows] == [0.4, 0.9]
+    lines = list(store.read(tmp_path / "out" / store.SAMPLES))
+    plain = {(line["task"], line["sample"]): line["answer"] for line in lines if line["entry"] == "plain"}
+    for row, name in zip(rows, ("q4@8", "q9@8"), strict=True):
+        own = [line for line in lines if line["entry"] == name]
+        assert row["tokens"] == pytest.approx(sum(count(line["kept"][0]) for line in own) / len(own))
+        assert 1 <= row["least"] <= row["tokens"] <= row["most"] <= 8
+        assert row["same"] == sum(line["answer"] == plain[line["task"], line["sample"]] for line in own) / len(own)
+    assert rows[0]["tokens"] <= rows[1]["tokens"]
+    text = "\n".join(enough.section(rows, "vtok eval ..."))
+    assert "| 0.4 | " in text and "| 0.9 | " in text and "`vtok eval ...`" in text
+    run("llava", tmp_path / "other", methods=["divprune"], keeps=[4], tasks=tasks.load("exists"), limit=2)
+    with pytest.raises(VtokError, match=r"no row with auto; run vtok eval with -o NAME\.auto"):
+        enough.measured(tmp_path / "other")
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)

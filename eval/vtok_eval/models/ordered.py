@@ -14,6 +14,7 @@ from vtok.errors import VtokError
 from vtok_eval.harness import store
 from vtok_eval.harness.cells import Entry
 from vtok_eval.harness.score import Table, collect
+from vtok_eval.models import enough
 from vtok_eval.models.about import PICTURES as LICENCES
 from vtok_eval.render.markdown import page_markdown, table
 from vtok_eval.render.results import Run, read
@@ -21,7 +22,7 @@ from vtok_eval.render.words import chance, percent, points
 
 #: rows of the run: the resampler, the averages it is compared with, and what it started from
 TRAINED, AVERAGES, START = "trained", "averages", "start"
-COMPARED = "compared.json"
+COMPARED, AUTO = "compared.json", "auto.json"
 PICTURES = {"pareto.png": "Accuracy against visual tokens", "curves.png": "Task by task"}
 LEVEL = 0.05
 
@@ -83,7 +84,7 @@ def _table(run: Run, folder: Path) -> Table:
     return Table(entries, asked, found, run.results["settings"]["seed"])
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def verdicts(rows: Sequence[Mapping[str, Any]], run: Run | None = None) -> list[str]:
     """Sentences on what was asked of a resampler: that more tokens never say less, and that it beats what is free."""
     falls = [row for row in rows if "step" in row and row["step"]["ci"][1] < 0]
     said = [
@@ -108,7 +109,17 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{percent(best['accuracy'])}; the resampler is {points(best['value'])} points from it "
                 f"(p = {chance(best['p'])})."
             )
+            if run is not None:
+                said[-1] += f" Task by task: {_by_task(run, row['keep'], best['name'])}."
     return said
+
+
+def _by_task(run: Run, keep: float, other: str) -> str:
+    """Differences of accuracy on each task, the largest gain first."""
+    own, best = run.named(TRAINED, keep), run.named(other, keep)
+    assert own is not None and best is not None
+    gains = {task: (own.accuracy(task) or 0.0) - (best.accuracy(task) or 0.0) for task in run.task_names}
+    return ", ".join(f"{task} {points(gain)}" for task, gain in sorted(gains.items(), key=lambda item: -item[1]))
 
 
 def card(
@@ -119,6 +130,7 @@ def card(
     notes: str = "",
     config: Mapping[str, Any] | None = None,
     pictures: Sequence[str] = (),
+    auto: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of the card.
 
@@ -138,6 +150,8 @@ def card(
         The resampler's.
     pictures : sequence of str
         Which plots lie beside the card.
+    auto : mapping, optional
+        ``command`` and ``rows`` of what ``keep="auto"`` gave.
     """
     run = Run(results)
     plain = run.plain.accuracy() if run.plain else None
@@ -156,9 +170,10 @@ def card(
         f"{results['machine']['torch']}, transformers {results['machine']['transformers']}; {run.samples} questions, "
         "paired. Differences are points of the resampler's accuracy over the other's.",
         "\n".join(table(heads, [_row(row) for row in rows])),
-        "\n".join(f"- {sentence}" for sentence in verdicts(rows)),
+        "\n".join(f"- {sentence}" for sentence in verdicts(rows, run)),
         *(f"![{says}]({file})" for file, says in PICTURES.items() if file in pictures),
         "Every task at every budget: [tables.md](tables.md).",
+        *([] if auto is None else enough.section(auto["rows"], auto["command"])),
         "## Training",
         f"`python -m vtok_eval.train {name}-resampler`; the log is beside this card.",
         *([notes.strip()] if notes.strip() else []),
@@ -194,10 +209,11 @@ def _stages(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def command(
     name: Annotated[str, typer.Argument(help="Of the model: nano-llava or nano-qwen.")],
     results: Annotated[Path, typer.Option(help="Folder that vtok eval wrote.")],
+    auto: Annotated[Path | None, typer.Option(help="Folder of a run whose rows have auto.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of cards.")] = Path("model_cards"),
 ) -> None:
-    """Write out/NAME-resampler: README.md, tables.md, compared.json and results.json from a run of vtok eval, with the
-    training.jsonl and training.md that lie there."""
+    """Write out/NAME-resampler: README.md, tables.md, compared.json, results.json and auto.json from runs of vtok eval,
+    with the training.jsonl and training.md that lie there."""
     from vtok_eval.models import resamplers
 
     folder = out / f"{name}-resampler"
@@ -208,6 +224,8 @@ def command(
         (folder / file).write_bytes((results / file).read_bytes())
     (folder / store.RESULTS).write_text((results / store.RESULTS).read_text(encoding="utf-8"), encoding="utf-8")
     store.write_json(folder / COMPARED, rows)
+    if auto is not None:
+        store.write_json(folder / AUTO, {"command": read(auto).results["command"], "rows": enough.measured(auto)})
     run = read(folder)
     (folder / "tables.md").write_text(page_markdown(run), encoding="utf-8")
     (folder / "README.md").write_text(written(name, folder, resamplers.folder(name)), encoding="utf-8")
@@ -222,9 +240,9 @@ def written(name: str, folder: Path, weights: Path) -> str:
     notes = folder / "training.md"
     config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
     pictures = [file for file in PICTURES if (folder / file).is_file()]
-    return card(
-        name, results, rows, log, notes.read_text(encoding="utf-8") if notes.is_file() else "", config, pictures
-    )
+    said = notes.read_text(encoding="utf-8") if notes.is_file() else ""
+    auto = json.loads((folder / AUTO).read_text(encoding="utf-8")) if (folder / AUTO).is_file() else None
+    return card(name, results, rows, log, said, config, pictures, auto)
 
 
 if __name__ == "__main__":
