@@ -91,7 +91,7 @@ class Manifest:
     source : mapping
         The model: ``name``, ``family``, ``class``, ``parameters``.
     compression : mapping
-        ``methods``, ``keep`` and ``positions``, as ``vtok_config.json`` has them.
+        ``methods``, ``keep`` and ``positions``, as they were asked for.
     plan : mapping or None
         What is fixed in the graphs (layout, tokens in, tokens kept, what was left out ...); ``None`` for ``hf``, where
         nothing is.

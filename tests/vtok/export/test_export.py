@@ -14,10 +14,12 @@ import transformers
 from typer.testing import CliRunner
 
 import vtok
+from vtok.api import adapter_of
 from vtok.cli import app
 from vtok.errors import VtokError
 from vtok.export import answers, export, probes, verify, writing
 from vtok.io import CONFIG, SHIM
+from vtok.resampler import OrderedResampler, ResamplerConfig, files
 
 from ...eval import tiny as small
 
@@ -48,6 +50,17 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
     assert found.max_logit_difference < 1e-5 * found.logit_range
     assert found.accuracy == found.reference_accuracy
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_manifest_names_trained_weights_as_they_were_asked_for(tmp_path: Path) -> None:
+    model, processor = built("llava")
+    door = files.door(adapter_of(model))
+    sizes = {"dim": door.dim, "width": 32, "head_dim": 16, "blocks": 1, "tokens": 8}
+    weights = str(files.save(OrderedResampler(files.made_for(ResamplerConfig(**sizes), door)), tmp_path / "mine"))
+    vtok.compress(model, "flextok", keep=4, weights=weights)
+    made = export(model, tmp_path / "out", processor=processor, fresh=False, **QUICK)
+    assert made.compression["methods"] == [{"name": "flextok", "options": {"weights": weights}}]
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["methods"][0]["options"] == {"weights": "flextok"}
 
 
 def test_a_pipeline_over_an_exported_folder(tmp_path: Path) -> None:
