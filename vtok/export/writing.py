@@ -20,7 +20,7 @@ from vtok.export.answers import Answer
 from vtok.export.folder import ready, written
 from vtok.export.manifest import TARGETS, Manifest
 from vtok.export.probes import Probe
-from vtok.io import CONFIG, save
+from vtok.io import save
 from vtok.method import Method
 from vtok.progress import progress
 

@@ -127,8 +127,17 @@ class FlexTok(Method):
 
     def select(self, view: View, count: int) -> Selection:
         """The first tokens of each picture (of each frame, by area), in raster order of where they stand."""
+        picks = self._scheme == FARTHEST and self.auto is None
+        alike = complete(view)
+        if picks and alike is not None:
+            return self._together(view, alike, count)
+        if picks and torch.compiler.is_exporting():
+            raise VtokError(
+                "flextok picks tokens of tiles whose padding a graph cannot see; take averages (no weights, or weights "
+                "with another scheme than farthest), or export to hf"
+            )
         groups = layouts(view)
-        if self._scheme == FARTHEST and self.auto is None and len(groups) == 1:
+        if picks and len(groups) == 1:
             return self._together(view, groups[0][1], count)
         found: dict[int, tuple[_Laid, Tensor]] = {}
         for rows, grids in groups:
@@ -232,19 +241,25 @@ class _Laid:
     weights: Tensor
 
 
+def complete(view: View) -> list[tuple[Tensor, tuple[int, int]]] | None:
+    """Positions and grid of each picture of every row, where nothing is missing; without a loop over rows."""
+    if view.size != sum(part.length for part in view.parts):
+        return None
+    starts = accumulate((part.length for part in view.parts[:-1]), initial=0)
+    return [
+        (positions(part) + start, (part.height, part.width)) for part, start in zip(view.parts, starts, strict=True)
+    ]
+
+
 def layouts(view: View) -> list[tuple[list[int], list[tuple[Tensor, tuple[int, int]]]]]:
     """Rows of a view that lie alike, with positions and grid of each of their pictures.
 
     Raises:
         VtokError: another stage has thinned the pictures.
     """
-    groups = view.tokens.shape[0]
-    if view.size == sum(part.length for part in view.parts):
-        starts = accumulate((part.length for part in view.parts[:-1]), initial=0)
-        grids = [
-            (positions(part) + start, (part.height, part.width)) for part, start in zip(view.parts, starts, strict=True)
-        ]
-        return [(list(range(groups)), grids)]
+    alike = complete(view)
+    if alike is not None:
+        return [(list(range(view.tokens.shape[0])), alike)]
     found: dict[tuple[int, int], list[int]] = {}
     if isinstance(view, TowerView) and view.parts:
         # a tile without its padding: what is left is a rectangle

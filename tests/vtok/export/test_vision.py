@@ -155,6 +155,15 @@ def test_the_decoder_stage_is_left_out_on_request() -> None:
         same(graph, "llava_next", model)
 
 
+def test_tiles_of_which_tokens_are_picked_are_refused() -> None:
+    model = model_of("llava_next")
+    with vtok.compressed(model, "flextok", keep=0.1, weights=picking("llava_next", model)):
+        graph = vision_graph(model, pictures("llava_next", model, 1))
+    given = pixels("llava_next", pictures("llava_next", model, 2), 2)
+    with pytest.raises(VtokError, match="whose padding a graph cannot see; take averages"):
+        torch.export.export(graph, (given,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+
+
 class Ragged(Method):
     """Keeps what is above the mean: another number every time."""
 
@@ -192,9 +201,19 @@ def test_the_model_is_left_as_it_was() -> None:
     assert graph(example["pixel_values"])[0].shape == (1, 19, 64)
 
 
-EXPORTED = [("llava", method) for method in METHODS]
+def picking(family: str, model: Any) -> OrderedResampler:
+    """A trained resampler that starts at tokens of the picture."""
+    torch.manual_seed(0)
+    door = files.door(adapter_of(model))
+    config = ResamplerConfig(dim=door.dim, width=32, head_dim=16, blocks=1, tokens=64, scheme="farthest")
+    resampler = OrderedResampler(config)
+    torch.nn.init.normal_(resampler.leave.weight, std=0.2)
+    return resampler.eval().requires_grad_(False)
+
+
+EXPORTED = [("llava", method) for method in (*METHODS, "picking")]
 EXPORTED += [("llava_next", method) for method in ("flowcut", "visionzip", "mctf")]
-EXPORTED += [("qwen2_5_vl", method) for method in ("divprune", "flowcut", "visionzip", "mctf")]
+EXPORTED += [("qwen2_5_vl", method) for method in ("divprune", "flowcut", "visionzip", "mctf", "picking")]
 """An export costs ten seconds of a CPU and more: every method once, and what each family does by itself."""
 
 
@@ -205,7 +224,10 @@ def test_programs_and_onnx_runtime(family: str, method: str, tmp_path: Path) -> 
     model = model_of(family, 6 if method == "flowcut" else 4)
     example = pictures(family, model, 3)
     given = pixels(family, example, 3)
-    with vtok.compressed(model, method, keep=0.3 if method in ("tome", "mctf") else 0.1, **EARLY.get(method, {})):
+    name, options = method, EARLY.get(method, {})
+    if method == "picking":
+        name, options = "flextok", {"weights": picking(family, model)}
+    with vtok.compressed(model, name, keep=0.3 if method in ("tome", "mctf") else 0.1, **options):
         graph = vision_graph(model, pictures(family, model, 1))
     features, kept = graph(given)
     open_batch = ({0: torch.export.Dim("batch", min=1)},)
