@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "scenes": _SCENES,
         "features": {"steps": 300, "rate": 1e-3},
         "answers": {"steps": 1200, "rate": 3e-4},
-        "halting": {"steps": 300, "rate": 1e-3},
+        "halting": {"steps": 1000, "rate": 3e-3},
     }
 }
 # its tokens have fewer channels
@@ -115,7 +115,7 @@ def run(
     model, processor = loaded or _loaded(name, source)
     model = model.to(device).eval().requires_grad_(False)
     talk = Talk(name, model, processor)
-    count = max(2, round((recipe["drawn"] if start is None else recipe["halting"]["steps"]) * scale))
+    count = max(2, round(recipe["drawn"] * scale))
     data = Scenes(name, processor, steps=count, seed=f"{name}/resampler/{seed}", pixels=False, **recipe["scenes"])
     drawn = Drawn(name, processor, data, out / "drawn")
     with matmul_patches(model):
