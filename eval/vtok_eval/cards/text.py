@@ -11,10 +11,10 @@ from vtok_eval.render.results import Entry, Run, interval
 from vtok_eval.render.words import NONE, TO, budget, percent, points, significant, times, tokens
 
 LOAD = {
-    "hf": 'import vtok\nmodel = vtok.load("{folder}")',
-    "onnx": 'import vtok\nanswer = vtok.OnnxVLM("{folder}").generate(image, question)',
-    "openvino": 'import vtok\nanswer = vtok.OpenVinoVLM("{folder}").generate(image, question)',
-    "pt2": 'import vtok\nanswer = vtok.Pt2VLM("{folder}").generate(image, question)',
+    "hf": 'import vtok\n\nmodel = vtok.load("{folder}")',
+    "onnx": 'import vtok\n\nanswer = vtok.OnnxVLM("{folder}").generate(image, question)',
+    "openvino": 'import vtok\n\nanswer = vtok.OpenVinoVLM("{folder}").generate(image, question)',
+    "pt2": 'import vtok\n\nanswer = vtok.Pt2VLM("{folder}").generate(image, question)',
 }
 AUTO = """\
 Wherever vtok is installed, so does transformers' own
