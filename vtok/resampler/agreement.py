@@ -35,15 +35,18 @@ class AgreementHead(nn.Module):
 
 
 def enough(logits: Tensor, quality: float) -> Tensor:
-    """(B,) long: the shortest prefix that is likely enough to do, all k where none is. A higher quality never asks for
-    fewer.
+    """(B,) long: the shortest prefix from which on all are likely enough to do; all k where none is. A higher quality
+    never asks for fewer.
+
+    The first that passes would often be one whose probability is overrated (docs/decisions.md).
 
     Args:
         logits: (B, k) of ``AgreementHead``.
         quality: probability, in (0, 1).
     """
-    passed = logits.float().sigmoid() >= quality
-    return torch.where(passed.any(1), passed.int().argmax(1) + 1, logits.shape[1])
+    passed = (logits.float().sigmoid() >= quality).int()
+    lasting = passed.flip(1).cumprod(1).flip(1)
+    return torch.where(lasting.any(1), lasting.argmax(1) + 1, logits.shape[1])
 
 
 def agreement_loss(logits: Sequence[Tensor], same: Tensor) -> Tensor:

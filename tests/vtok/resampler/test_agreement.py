@@ -38,10 +38,10 @@ def test_a_higher_quality_never_asks_for_fewer(logits: list[float], one: float, 
     assert 1 <= enough(asked, low).item() <= enough(asked, high).item() <= len(logits)
 
 
-def test_the_first_that_passes_or_all() -> None:
-    logits = torch.tensor([[-1.0, 0.2, -1.0, 3.0], [-1.0, -1.0, -1.0, -1.0]])
-    assert enough(logits, 0.5).tolist() == [2, 4]
-    assert enough(logits, 0.9).tolist() == [4, 4]
+def test_the_first_from_which_on_all_pass_or_all() -> None:
+    logits = torch.tensor([[-1.0, 0.2, 0.3, 3.0], [0.2, -1.0, 0.2, 3.0], [3.0, 3.0, 3.0, -1.0], [1.0, 1.0, 1.0, 1.0]])
+    assert enough(logits, 0.5).tolist() == [2, 3, 4, 1]
+    assert enough(logits, 0.9).tolist() == [4, 4, 4, 4]
 
 
 @pytest.mark.grad
