@@ -20,7 +20,6 @@ from vtok.methods._grid import positions, share_parts
 from vtok.protocol import Part
 from vtok.resampler import OrderedResampler, files
 from vtok.resampler.layout import Plan, plan
-from vtok.resampler.resampler import Read
 from vtok.resampler.starts import FARTHEST, SCHEMES, Starts, averaged, farthest, planned
 from vtok.tokenizers import anchors
 from vtok.view import Selection, Shape, Stage, TowerView, View
@@ -204,12 +203,8 @@ class FlexTok(Method):
                 f"these weights give up to {most} tokens of a picture, and {count} were asked for; take keep={most} or "
                 "less, or leave weights out"
             )
-        read = self.watched(resampler.read(x.to(next(resampler.parameters()).dtype), grid, count))
+        read = resampler.read(x.to(next(resampler.parameters()).dtype), grid, count)
         return read.tokens.to(x.dtype), read.starts, read.registers
-
-    def watched(self, read: Read) -> Read:
-        """What a resampler made of pictures of one grid, for those who look on."""
-        return read
 
 
 def _untrained(x: Tensor, grid: tuple[int, int], count: int, scheme: str) -> Starts:

@@ -114,8 +114,13 @@ class Batches(Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> Prompts:
-        chosen = [self._at(step * self.size + i) for i in range(self.size)]
-        return prompts(self.processor, chosen, step / max(1, self.steps - 1))
+        return prompts(self.processor, self._chosen(step), self._progress(step))
+
+    def _chosen(self, step: int) -> list[Question]:
+        return [self._at(step * self.size + i) for i in range(self.size)]
+
+    def _progress(self, step: int) -> float:
+        return step / max(1, self.steps - 1)
 
     def _at(self, number: int) -> Question:
         turn, place = divmod(number, len(self.questions))
@@ -128,9 +133,7 @@ class Singles(Batches):
     """The same, each question as a batch of its own."""
 
     def __getitem__(self, step: int) -> list[Prompts]:  # type: ignore[override]
-        progress = step / max(1, self.steps - 1)
-        chosen = [self._at(step * self.size + i) for i in range(self.size)]
-        return [prompts(self.processor, [one], progress) for one in chosen]
+        return [prompts(self.processor, [one], self._progress(step)) for one in self._chosen(step)]
 
 
 def prompts(processor: Any, questions: Sequence[Question], progress: float = 1.0) -> Prompts:

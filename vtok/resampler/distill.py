@@ -23,7 +23,8 @@ from vtok.resampler.data import Batches, Prompts, Question, Singles
 from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
 from vtok.resampler.lora import Lora
 from vtok.resampler.reader import FeatureReader
-from vtok.resampler.resampler import OrderedResampler, Read
+from vtok.resampler.resampler import OrderedResampler
+from vtok.resampler.starts import Starts
 from vtok.training import Stage, train
 from vtok.view import Selection, View
 
@@ -87,9 +88,11 @@ class Watch(FlexTok):
 
     last: list[Tensor] = field(default_factory=list, compare=False)
 
-    def watched(self, read: Read) -> Read:
-        self.last.append(read.registers[:, -1].detach())
-        return read
+    def _read(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, Starts, Tensor | None]:
+        found = super()._read(x, grid, count)
+        assert found[2] is not None
+        self.last.append(found[2][:, -1].detach())
+        return found
 
 
 class Distillation:
