@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from torch import Tensor
 
 import vtok
 from vtok.api import adapter_of, session_of
+from vtok.methods.flextok import layouts
 from vtok.resampler import OrderedResampler, ResamplerConfig, files, plan
 from vtok.resampler.learn import answer_loss
+from vtok.resampler.watching import Probe
+from vtok.view import Selection, View
 
 from .conftest import LLAVA
 from .models import FAMILIES, QWEN, SCENARIOS, build, inputs, scenarios, single
@@ -32,7 +37,21 @@ def made(model: Any, trained: bool = True, **changes: Any) -> OrderedResampler:
     resampler = OrderedResampler(files.made_for(config, door)).eval()
     if trained:
         torch.nn.init.normal_(resampler.leave.weight, std=0.2)
+        if resampler.config.scheme == "salient":
+            torch.nn.init.normal_(resampler.saliency.out.weight)
     return resampler
+
+
+@dataclass(frozen=True)
+class Shifted(Probe):
+    """Adds something to the tokens that it keeps, view by view."""
+
+    shift: list[Tensor] = field(default_factory=list, compare=False)
+
+    def select(self, view: View, count: int) -> Selection:
+        found = super().select(view, count)
+        assert found.features is not None
+        return replace(found, features=found.features.detach() + self.shift[len(self.seen) - 1])
 
 
 # what the tokens are
@@ -108,7 +127,42 @@ def test_untrained_picks_are_divprunes(tiny: Any, family: str) -> None:
         assert all(torch.equal(one, two) for one, two in zip(own, other, strict=True))
 
 
-@pytest.mark.parametrize("scheme", ["haar", "farthest"])
+@pytest.mark.grad
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_an_answer_hangs_on_is_its_gradient(tiny: Any, family: str) -> None:
+    """Of every picture's tokens in raster order, against differences."""
+    model = copy.deepcopy(tiny(family)).double()
+    batch = inputs(family, model, SCENARIOS["mixed" if "mixed" in scenarios(family) else "ragged"])
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+
+    def said(probe: Probe) -> Tensor:
+        torch.manual_seed(3)  # keeps the same tokens
+        with vtok.compressed(model, probe, keep=0.9):
+            return model(**batch).logits[:, -1].log_softmax(-1)[:, 3].sum()
+
+    probe = Probe()
+    pictures, gradients = probe.pictures(said(probe))
+    views = [view for view, _, _ in probe.seen]
+    assert len(pictures) == len(gradients) == sum(len(rows) * len(grids) for v in views for rows, grids in layouts(v))
+    known = torch.cat([own.isfinite().all(1) for own in gradients]).float().mean()
+    assert 0.8 < known < 1 and all(x.shape == own.shape for x, own in zip(pictures, gradients, strict=True))
+    # towards where it rises: norms in fp32 would drown small differences
+    again = Probe()
+    direction = list(torch.autograd.grad(said(again), [tokens for _, _, tokens in again.seen]))
+    direction = [own / own.norm() for own in direction]
+    step = 1e-2
+    ends = [said(Shifted(shift=[sign * step * own for own in direction])) for sign in (1, -1)]
+    found = torch.tensor(0.0)
+    for (view, kept, _), own in zip(probe.seen, direction, strict=True):
+        whole = torch.zeros(view.features.shape, dtype=own.dtype).scatter_(1, kept[..., None].expand_as(own), own)
+        for rows, grids in layouts(view):
+            for where, _ in grids:
+                for shifts in whole[rows][:, where]:
+                    found = found + (gradients.pop(0).nan_to_num() * shifts.float()).sum()
+    assert found.item() == pytest.approx((ends[0] - ends[1]).item() / (2 * step), rel=0.02)
+
+
+@pytest.mark.parametrize("scheme", ["haar", "farthest", "salient"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fewer_tokens_are_the_first_of_more(tiny: Any, family: str, scheme: str) -> None:
     """With trained weights too: at the same places stands the same, whatever else does."""
@@ -130,7 +184,7 @@ def test_fewer_tokens_are_the_first_of_more(tiny: Any, family: str, scheme: str)
         close(found[12][token], value, 1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["haar", "farthest"])
+@pytest.mark.parametrize("scheme", ["haar", "farthest", "salient"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_weights_hold_in_batches_of_different_pictures(tiny: Any, family: str, scheme: str) -> None:
     model = tiny(family)

@@ -31,9 +31,10 @@ NANO = ("nano-llava", "nano-qwen")
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes of a few steps, and entry points as an installed copy has them."""
     tiny = {
-        "config": {"width": 32, "head_dim": 16, "blocks": 1, "tokens": 16, "halting": True, "scheme": "farthest"},
+        "config": {"width": 32, "head_dim": 16, "blocks": 1, "tokens": 16, "halting": True, "scheme": "salient"},
         "drawn": 2,
         "scenes": {"size": 2, "questions": 3, "pairs": 0.5, "lists": 0.5},
+        "saliency": {"steps": 3, "rate": 1e-3},
         "features": {"steps": 3, "rate": 1e-3},
         "answers": {"steps": 3, "rate": 1e-3},
         "halting": {"steps": 2, "rate": 1e-3},
@@ -69,7 +70,7 @@ def test_a_nano_resampler_from_drawing_to_use(name: str, tmp_path: Path, monkeyp
     folder = recipes.run(name, tmp_path / "run", loaded=(model, processor))
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert stages == ["features", "answers", "halting"]
+    assert stages == ["saliency", "features", "answers", "halting"]
     folder.rename(tmp_path / name)
     (tmp_path / "shipped").mkdir()
     (tmp_path / name).rename(tmp_path / "shipped" / name)

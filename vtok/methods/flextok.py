@@ -20,7 +20,7 @@ from vtok.methods._grid import positions, share_parts
 from vtok.protocol import Part
 from vtok.resampler import OrderedResampler, files
 from vtok.resampler.layout import Plan, plan
-from vtok.resampler.starts import FARTHEST, SCHEMES, Starts, averaged, farthest, planned
+from vtok.resampler.starts import FARTHEST, PICKED, SALIENT, SCHEMES, Starts, averaged, farthest, planned
 from vtok.tokenizers import anchors
 from vtok.view import Selection, Shape, Stage, TowerView, View
 
@@ -60,6 +60,8 @@ class FlexTok(Method):
     auto: float | None = None
 
     def __post_init__(self) -> None:
+        if self.scheme == SALIENT:
+            raise VtokError("flextok scheme='salient' needs trained weights, which bring it along: pass weights= alone")
         if self.scheme not in SCHEMES:
             raise VtokError(f"flextok scheme={self.scheme!r} is unknown; known are {', '.join(SCHEMES)}")
         if self.auto is not None and not 0 < self.auto < 1:
@@ -126,14 +128,14 @@ class FlexTok(Method):
 
     def select(self, view: View, count: int) -> Selection:
         """The first tokens of each picture (of each frame, by area), in raster order of where they stand."""
-        picks = self._scheme == FARTHEST and self.auto is None
+        picks = self._scheme in PICKED and self.auto is None
         alike = complete(view)
         if picks and alike is not None:
             return self._together(view, alike, count)
         if picks and torch.compiler.is_exporting():
             raise VtokError(
                 "flextok picks tokens of tiles whose padding a graph cannot see; take averages (no weights, or weights "
-                "with another scheme than farthest), or export to hf"
+                "with another scheme than farthest or salient), or export to hf"
             )
         groups = layouts(view)
         if picks and len(groups) == 1:
@@ -163,7 +165,7 @@ class FlexTok(Method):
         return Selection(indices, kernels.gather_tokens(torch.cat(tokens, 1), order))
 
     def fixed(self, view: View, count: int) -> tuple[Tensor, Callable[[Tensor], Tensor] | None] | None:
-        if self._scheme == FARTHEST:
+        if self._scheme in PICKED:
             return None
         ((_, grids),) = layouts(view)
         pictures = _shared(grids, count)

@@ -28,10 +28,13 @@ def distill(
     width: Annotated[int, typer.Option(help="Channels inside.", min=4)] = 512,
     blocks: Annotated[int, typer.Option(help="How many.", min=1)] = 4,
     scheme: Annotated[
-        str, typer.Option(help="What tokens start as: averages (haar, quadtree) or tokens of the picture (farthest).")
-    ] = "haar",
-    features: Annotated[int, typer.Option(help="Steps of the first stage.", min=0)] = 2000,
-    answers: Annotated[int, typer.Option(help="Steps of the second stage.", min=0)] = 5000,
+        str, typer.Option(help="What tokens start as: averages (haar, quadtree) or tokens (farthest, salient).")
+    ] = "salient",
+    saliency: Annotated[
+        int, typer.Option(help="Steps of learning which tokens matter; of the scheme salient.", min=0)
+    ] = 500,
+    features: Annotated[int, typer.Option(help="Steps of learning from features.", min=0)] = 2000,
+    answers: Annotated[int, typer.Option(help="Steps of learning from answers.", min=0)] = 5000,
     halting: Annotated[int, typer.Option(help='Steps of the head behind keep="auto"; 0: no head.', min=0)] = 300,
     lora: Annotated[
         int, typer.Option(help="Rank of a change of the language model, learnt along and saved as adapter/.", min=0)
@@ -65,7 +68,7 @@ def distill(
 
         questions = read(_existing(data, sorted(named)))
         network, processor = _loaded(model, place, dtype)
-        recipe = Recipe(features, answers, halting, batch, rate, seed=seed, lora=lora)
+        recipe = Recipe(saliency, features, answers, halting, batch, rate, seed=seed, lora=lora)
         sizes: dict[str, Any] = {"tokens": tokens, "width": width, "blocks": blocks, "scheme": scheme}
         run(network, processor, questions, out, recipe, workers=workers, resume=resume, **sizes)
         folder = out / "resampler"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtok.errors import VtokError
-from vtok.resampler.starts import SCHEMES
+from vtok.resampler.starts import TRAINED
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ResamplerConfig:
         blocks: how many.
         tokens: K, the most tokens of one picture (tile, frame).
         scheme: what the tokens start as and in which order: averages, ``"haar"`` or ``"quadtree"``, or tokens of the
-            picture, ``"farthest"``.
+            picture, ``"farthest"`` or ``"salient"``.
         head_dim: channels of an attention head.
         halting: whether it can tell how many tokens a picture needs.
         family: of the model it was distilled from; empty: any.
@@ -49,8 +49,8 @@ class ResamplerConfig:
             raise VtokError(
                 f"a resampler's width {self.width} is no multiple of head_dim {self.head_dim} and of 4; change one"
             )
-        if self.scheme not in SCHEMES:
-            raise VtokError(f"there is no scheme {self.scheme!r} of ordered tokens; known are {', '.join(SCHEMES)}")
+        if self.scheme not in TRAINED:
+            raise VtokError(f"there is no scheme {self.scheme!r} of ordered tokens; known are {', '.join(TRAINED)}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

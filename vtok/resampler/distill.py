@@ -1,10 +1,10 @@
-"""Distilling a resampler from any model that vtok knows: three stages behind the model's own forward."""
+"""Distilling a resampler from any model that vtok knows: stages behind the model's own forward."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,17 @@ from torch import Tensor, nn
 import vtok
 from vtok.api import adapter_of
 from vtok.errors import VtokError
-from vtok.methods.flextok import FlexTok, layouts
 from vtok.resampler import files
 from vtok.resampler.agreement import agreement_loss
 from vtok.resampler.config import ResamplerConfig
 from vtok.resampler.data import Batches, Prompts, Question, Singles
-from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
+from vtok.resampler.learn import Features, Picture, answer_loss, prefixes, salience
 from vtok.resampler.lora import Lora
 from vtok.resampler.reader import FeatureReader
 from vtok.resampler.resampler import OrderedResampler
-from vtok.resampler.starts import Starts
+from vtok.resampler.starts import SALIENT
+from vtok.resampler.watching import Capture, Probe, Watch
 from vtok.training import Stage, train
-from vtok.view import Selection, View
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ class Recipe:
 
     Attributes
     ----------
-    features, answers, halting : int
-        Steps of each stage; 0 leaves it out.
+    saliency, features, answers, halting : int
+        Steps of each stage; 0 leaves it out. The first is for the scheme ``"salient"`` alone.
     batch : int
         Questions in a step.
     rate : float
-        Peak learning rate of the first and last stage; the second has half of it.
+        Peak learning rate; of the answers half of it.
     temperature : float
         Of the divergence.
     best : int
@@ -48,10 +47,11 @@ class Recipe:
     seed : int
         Of weights and order.
     lora : int
-        Rank of a change of the language model's attention that the second stage learns along (LoRA, by peft); 0: the
-        model stays as it is.
+        Rank of a change of the language model's attention that is learnt along with the answers (LoRA, by peft); 0:
+        the model stays as it is.
     """
 
+    saliency: int = 500
     features: int = 2000
     answers: int = 5000
     halting: int = 300
@@ -64,35 +64,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.lora < 0 or (self.lora and not self.answers):
-            raise VtokError("lora is a rank of 1 or more, and learnt in the second stage; give it steps")
-        if self.batch < 1 or min(self.features, self.answers, self.halting) < 0 or not self.rate > 0:
+            raise VtokError("lora is a rank of 1 or more, and learnt along with answers; give those steps")
+        if self.batch < 1 or min(self.saliency, self.features, self.answers, self.halting) < 0 or not self.rate > 0:
             raise VtokError("a recipe needs a batch of 1 or more, steps of 0 or more and a rate above 0")
-
-
-@dataclass(frozen=True)
-class Capture(FlexTok):
-    """Writes down what a resampler would be given, and leaves next to nothing of it for the language model."""
-
-    seen: list[Picture] = field(default_factory=list, compare=False)
-
-    def select(self, view: View, count: int) -> Selection:
-        for rows, grids in layouts(view):
-            for where, grid in grids:
-                self.seen.extend((x.detach().float(), grid) for x in view.features[rows][:, where])
-        return super().select(view, count)
-
-
-@dataclass(frozen=True)
-class Watch(FlexTok):
-    """Writes down what the last register of each picture holds."""
-
-    last: list[Tensor] = field(default_factory=list, compare=False)
-
-    def _read(self, x: Tensor, grid: tuple[int, int], count: int) -> tuple[Tensor, Starts, Tensor | None]:
-        found = super()._read(x, grid, count)
-        assert found[2] is not None
-        self.last.append(found[2][:, -1].detach())
-        return found
 
 
 class Distillation:
@@ -121,12 +95,23 @@ class Distillation:
             self.model(**self._inputs(batch), use_cache=False, logits_to_keep=1)
         return capture.seen
 
+    def saliency(self, batch: Prompts) -> tuple[Tensor, dict[str, float]]:
+        """A step of the stage of saliency: which tokens an answer hangs on."""
+        probe, resampler = Probe(), self.learned.resampler
+        # what keeps everything is not asked, so a tenth is left out, drawn anew each time
+        with vtok.compressed(self.model, probe, keep=0.9):
+            said = self._said(self._inputs(batch), batch).float().log_softmax(-1)
+        if not probe.seen:
+            return 0.0 * resampler.saliency.out.weight.sum(), {}
+        # rows do not see each other: one gradient for all is each one's own
+        return salience(resampler, *probe.pictures(said.amax(-1).sum()))
+
     def features(self, batch: Prompts) -> tuple[Tensor, dict[str, float]]:
-        """A step of the first stage."""
+        """A step of the stage of features."""
         return self.learned.loss(self.pictures(batch), batch.progress)
 
     def answers(self, batch: Prompts) -> tuple[Tensor, dict[str, float]]:
-        """A step of the second stage: what the model says with prefixes, against what it says with all tokens."""
+        """A step of the stage of answers: what the model says with prefixes, against what it says with all tokens."""
         inputs = self._inputs(batch)
         target = batch.target.to(inputs["input_ids"].device)
         with torch.no_grad(), self.lora.off() if self.lora else nullcontext():
@@ -144,8 +129,8 @@ class Distillation:
         return total, numbers
 
     def halting(self, questions: Sequence[Prompts]) -> tuple[Tensor, dict[str, float]]:
-        """A step of the last stage: whether answers stay the same with a prefix. One question at a time, so that it is
-        plain which pictures, tiles or frames an answer hangs on."""
+        """A step of the stage of halting: whether answers stay the same with a prefix. One question at a time, so
+        that it is plain which pictures, tiles or frames an answer hangs on."""
         resampler = self.learned.resampler
         registers, same = [], []
         for one in questions:
@@ -234,7 +219,11 @@ def distill(
     learned.resampler.measure(torch.cat([x for x, _ in distillation.pictures(first)]))
     learned.reader.measure(learned.resampler)
     changed = [lora] if lora else []
-    stages: list[tuple[str, int, Any, list[nn.Module], float]] = [
+    stages: list[tuple[str, int, Any, list[nn.Module], float]] = []
+    if config.scheme == SALIENT:
+        head = learned.resampler.saliency
+        stages.append(("saliency", recipe.saliency, distillation.saliency, [head], recipe.rate))
+    stages += [
         ("features", recipe.features, distillation.features, [learned], recipe.rate),
         ("answers", recipe.answers, distillation.answers, [learned.resampler, *changed], recipe.rate / 2),
     ]

@@ -31,7 +31,8 @@ def save(resampler: OrderedResampler, folder: str | Path, dtype: torch.dtype | N
     Args:
         resampler: what to save; ``load`` gives it back bit by bit where no ``dtype`` is given.
         folder: made where missing.
-        dtype: of what was trained, smaller to ship; a channel's mean and spread stay in fp32.
+        dtype: of what was trained, smaller to ship; a channel's mean and spread stay in fp32, and so does the head that
+            picks tokens: rounded, it would pick others.
 
     Raises:
         VtokError: ``folder`` is a file.
@@ -41,7 +42,7 @@ def save(resampler: OrderedResampler, folder: str | Path, dtype: torch.dtype | N
         raise VtokError(f"{folder} is a file; a resampler needs the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(resampler.config.to_json(), encoding="utf-8")
-    trained = dict(resampler.named_parameters())
+    trained = {key for key, _ in resampler.named_parameters() if not key.startswith("saliency.")}
     tensors = {
         key: value.detach().to("cpu", dtype if key in trained and dtype else value.dtype, copy=True).contiguous()
         for key, value in resampler.state_dict().items()

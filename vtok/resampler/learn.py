@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vtok.resampler.reader import FeatureReader
 from vtok.resampler.resampler import OrderedResampler
+from vtok.resampler.saliency import energy, saliency_loss
 
 #: visual tokens (n, D) of one picture with its grid (rows, columns)
 Picture = tuple[Tensor, tuple[int, int]]
@@ -36,7 +37,7 @@ def prefixes(most: int, progress: float = 1.0, whole: float = 1.0) -> tuple[int,
 
 
 class Features(nn.Module):
-    """First stage: a reader must find a picture's features in every prefix. No language model runs.
+    """Stage of features: a reader must find a picture's features in every prefix. No language model runs.
 
     Args:
         resampler: what is trained.
@@ -72,6 +73,23 @@ def stacked(pictures: Sequence[Picture]) -> list[tuple[tuple[int, int], Tensor]]
     return [(grid, torch.stack(own)) for grid, own in found.items()]
 
 
+def salience(
+    resampler: OrderedResampler, pictures: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """Stage of saliency, where tokens are picked by what they matter: the loss of the head that tells.
+
+    Args:
+        resampler: of the scheme ``"salient"``.
+        pictures: visual tokens (n, D) of each.
+        gradients: (n, D) of the log-probability of what the model answers to one question; NaN where not known.
+    """
+    found = [energy(own, resampler.spread) for own in gradients]
+    with torch.enable_grad():
+        logits = [resampler.saliency(resampler.standard(x)) for x in pictures]
+    loss = saliency_loss(logits, found)
+    return loss, {"perplexity": math.exp(min(20.0, loss.item()))}
+
+
 def answer_loss(
     student: Tensor,
     teacher: Tensor | tuple[Tensor, Tensor],
@@ -79,7 +97,7 @@ def answer_loss(
     temperature: float = 1.0,
     weight: float = 0.7,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Second stage: ``weight`` T^2 KL(teacher || student) + (1 - weight) cross-entropy, over answer tokens.
+    """Stage of answers: ``weight`` T^2 KL(teacher || student) + (1 - weight) cross-entropy, over answer tokens.
 
     Args:
         student: (A, V) logits with the resampler's tokens.

@@ -1,4 +1,4 @@
-"""Reads a picture's visual tokens back out of a prefix: the teacher of the first stage, thrown away afterwards."""
+"""Reads a picture's visual tokens back out of a prefix: the teacher of the stage of features, thrown away later."""
 
 from __future__ import annotations
 

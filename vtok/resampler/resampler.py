@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vtok.errors import VtokError
 from vtok.resampler.agreement import AgreementHead, enough
 from vtok.resampler.config import ResamplerConfig
-from vtok.resampler.starts import FARTHEST, Starts, averaged, cells, farthest, levels
+from vtok.resampler.saliency import SaliencyHead, weights
+from vtok.resampler.starts import PICKED, SALIENT, Starts, averaged, cells, farthest, levels
 from vtok.tokenizers import anchors
 from vtok.tokenizers.blocks import Block, initialise, sincos2d
 
@@ -59,7 +60,7 @@ class OrderedResampler(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        boxes = None if config.scheme == FARTHEST else anchors.boxes(config.tokens, config.scheme)
+        boxes = None if config.scheme in PICKED else anchors.boxes(config.tokens, config.scheme)
         self.register_buffer("boxes", boxes, persistent=False)
         level = levels(config.tokens, config.scheme)
         self.register_buffer("level", level, persistent=False)
@@ -77,6 +78,8 @@ class OrderedResampler(nn.Module):
         nn.init.normal_(self.levels.weight, std=0.02)
         nn.init.trunc_normal_(self.registers, std=0.02)
         nn.init.zeros_(self.leave.weight)
+        if config.scheme == SALIENT:
+            self.saliency = SaliencyHead(config.dim)
         if config.halting:
             self.halting = AgreementHead(width)
 
@@ -110,7 +113,11 @@ class OrderedResampler(nn.Module):
         return Read(first.tokens + self.spread * self.leave(h), h, first)
 
     def _entered(self, x: Tensor) -> Tensor:
-        return self.enter(self.norm_in((x - self.mean) / self.spread))
+        return self.enter(self.norm_in(self.standard(x)))
+
+    def standard(self, x: Tensor) -> Tensor:
+        """Every channel less its mean, by its spread."""
+        return (x - self.mean) / self.spread
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
@@ -122,8 +129,15 @@ class OrderedResampler(nn.Module):
     def starts(self, x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = None) -> Starts:
         """The first k tokens without what was learnt: what an untrained resampler gives."""
         if self.boxes is None:
-            return farthest(x, grid, k, mask)
+            return farthest(x, grid, k, mask, self._weights(x, mask))
         return averaged(x, grid, self.boxes[:k], mask)
+
+    @torch.no_grad()
+    def _weights(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What the picks weigh: they have no gradient."""
+        if self.config.scheme != SALIENT:
+            return None
+        return weights(self.saliency(self.standard(x)), mask)
 
     def enough(self, registers: Tensor, quality: float) -> Tensor:
         """(B,) how many tokens pictures need whose registers (B, k, width) ``read`` gave: at most k.

@@ -4,6 +4,7 @@
 ``"farthest"`` takes tokens of the picture itself in the order of farthest-first traversal (Gonzalez 1985; as a pruning
 method DivPrune, arXiv 2503.02175): each next one is the least like all before it. The first k are what stopping at k
 gives, and with every further one the worst-represented token of the picture is nearer to one that is there.
+``"salient"`` does so with distances weighted by what a trained head says of each token (``vtok.resampler.saliency``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from vtok.tokenizers import anchors
 from vtok.tokenizers.blocks import grid_points
 
 FARTHEST = "farthest"
+SALIENT = "salient"
+#: schemes that need no weights, and all
 SCHEMES = (*anchors.SCHEMES, FARTHEST)
+TRAINED = (*SCHEMES, SALIENT)
+#: those whose tokens are tokens of the picture
+PICKED = (FARTHEST, SALIENT)
 
 #: positions of anchors and cells count in 24ths of the picture, whatever its grid: CLIP's at 336 pixels
 SIDE = 24
@@ -44,7 +50,7 @@ class Starts:
 
 def levels(count: int, scheme: str) -> Tensor:
     """(count,) level of each token, level 0 first; of picked tokens each level has twice as many as the last."""
-    if scheme == FARTHEST:
+    if scheme in PICKED:
         return torch.tensor([(number + 1).bit_length() - 1 for number in range(count)])
     return anchors.levels(count, scheme)
 
@@ -65,7 +71,9 @@ def averaged(x: Tensor, grid: tuple[int, int], boxes: Tensor, mask: Tensor | Non
     return Starts(tokens, anchors.centres(boxes) * SIDE)
 
 
-def farthest(x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = None) -> Starts:
+def farthest(
+    x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = None, weights: Tensor | None = None
+) -> Starts:
     """The first k tokens of x (B, N, D) in farthest-first order by cosine, at most N.
 
     The features are compared as they are: standardised channels pick worse (docs/decisions.md).
@@ -75,6 +83,7 @@ def farthest(x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = Non
         grid: (rows, columns) of them.
         k: how many.
         mask: (B, N) bool, False on cells that show nothing.
+        weights: (B, N) factors on distances, above 0.
 
     Raises:
         VtokError: a picture with fewer than k cells that are not masked.
@@ -84,21 +93,22 @@ def farthest(x: Tensor, grid: tuple[int, int], k: int, mask: Tensor | None = Non
     with torch.autocast(x.device.type, enabled=False):
         compared = x.detach().float()
         if mask is None:
-            picks = kernels.farthest_first(compared, k, sort=False)
+            picks = kernels.farthest_first(compared, k, weights=weights, sort=False)
         else:
-            picks = _unmasked(compared, k, mask)
+            picks = _unmasked(compared, k, mask, weights)
         tokens = kernels.gather_tokens(x, picks)
     return Starts(tokens, cells(*grid, x.device)[picks], picks)
 
 
-def _unmasked(x: Tensor, k: int, mask: Tensor) -> Tensor:
+def _unmasked(x: Tensor, k: int, mask: Tensor, weights: Tensor | None) -> Tensor:
     """Row by row: with weights of 0 a masked cell would still win over a second copy of a token."""
     found = []
-    for row, real in zip(x, mask, strict=True):
+    for number, (row, real) in enumerate(zip(x, mask, strict=True)):
         where = real.nonzero()[:, 0]
         if len(where) < k:
             raise VtokError(f"{k} tokens cannot be picked from {len(where)} cells that are not masked; ask for fewer")
-        found.append(where[kernels.farthest_first(row[None, where], k, sort=False)[0]])
+        own = None if weights is None else weights[number, where][None]
+        found.append(where[kernels.farthest_first(row[None, where], k, weights=own, sort=False)[0]])
     return torch.stack(found)
 
 

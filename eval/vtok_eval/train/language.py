@@ -17,6 +17,9 @@ from vtok_eval.train.labels import CHARACTERS, COLOURS, THINGS, Labels
 
 IGNORE = -100
 
+#: numbers of answers begin at multiples of it, item by item
+ITEM = 1000
+
 #: weight of what is to be read half way
 HINT = 0.2
 
@@ -328,7 +331,7 @@ class Talk(nn.Module):
         answers = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         logits = self.model.lm_head(hidden[:, :-1][answers]).float()
         target = labels[:, 1:][answers]
-        turn = block[:, 1:][answers] + answers[0] * 1000
+        turn = block[:, 1:][answers] + answers[0] * ITEM
         return Answers(logits, target, turn, starts)
 
     def _row(

@@ -1,7 +1,7 @@
 """Recipes of the resamplers of nano-llava and nano-qwen: distilled from these models as they stand.
 
 Each batch of scenes is drawn and seen once: what the tower makes of it and what the model answers with all tokens is
-kept on disk, and both stages learn from that.
+kept on disk, and every stage learns from that.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from vtok.io import plain
 from vtok.progress import progress
 from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig, files
 from vtok.resampler.agreement import agreement_loss, same_answers
-from vtok.resampler.learn import Features, Picture, answer_loss, prefixes
+from vtok.resampler.learn import Features, Picture, answer_loss, prefixes, salience
 from vtok.resampler.resampler import Read
 from vtok.resampler.starts import planned
 from vtok.training import Stage, train
 from vtok_eval.train.data import Batch, Scenes, moved
-from vtok_eval.train.language import Answers, Talk
+from vtok_eval.train.language import ITEM, Answers, Talk
 from vtok_eval.train.tower import matmul_patches
 
-#: how often the long prefix of the second stage is all tokens
+#: how often the long prefix of the stage of answers is all tokens
 WHOLE = 0.25
 
 #: what the nano models learnt last: what is hard is drawn and asked more, or few tokens cost counts and small things
@@ -49,12 +49,13 @@ _SCENES: dict[str, Any] = {
 #: sizes, batches that are drawn, and steps of each stage
 RECIPES: dict[str, dict[str, Any]] = {
     "nano-llava": {
-        "config": {"width": 192, "blocks": 3, "tokens": 256, "halting": True, "scheme": "farthest"},
-        "drawn": 360,
+        "config": {"width": 192, "blocks": 3, "tokens": 256, "halting": True, "scheme": "salient"},
+        "drawn": 160,
         "scenes": _SCENES,
-        "features": {"steps": 300, "rate": 1e-3},
-        "answers": {"steps": 1200, "rate": 3e-4},
-        "halting": {"steps": 1000, "rate": 3e-3},
+        "saliency": {"steps": 120, "rate": 3e-3},
+        "features": {"steps": 150, "rate": 1e-3},
+        "answers": {"steps": 400, "rate": 3e-4},
+        "halting": {"steps": 500, "rate": 3e-3},
     }
 }
 # its tokens have fewer channels
@@ -126,7 +127,7 @@ def run(
     learned = Features(OrderedResampler(config), FeatureReader(config)).to(device)
     if start is not None:
         _tokens(learned.resampler, files.load(start), door, start)
-        recipe = recipe | {"features": None, "answers": None}
+        recipe = recipe | {"saliency": None, "features": None, "answers": None}
     else:
         some = torch.cat([x for i in range(min(4, count)) for x, _ in drawn.pictures(i)])
         learned.resampler.measure(some.to(device))
@@ -136,8 +137,9 @@ def run(
     def features(seen: Seen) -> tuple[Tensor, dict[str, float]]:
         return learned.loss(_on(seen.pictures, device), seen.progress)
 
-    # the head learns last, from tokens as they are then
+    # which tokens are picked comes first; the head behind keep="auto" learns last, from tokens as they are then
     stages: list[tuple[str, Callable[[Seen], tuple[Tensor, dict[str, float]]], list[nn.Module]]] = [
+        ("saliency", distil.saliency, [learned.resampler.saliency]),
         ("features", features, [learned]),
         ("answers", distil.step, [learned.resampler]),
         ("halting", distil.halting, [learned.resampler.halting]),
@@ -177,7 +179,7 @@ def _on(pictures: Sequence[Picture], device: str | torch.device) -> list[Picture
 
 
 class Seen:
-    """A batch of scenes as both stages see it.
+    """A batch of scenes as every stage sees it.
 
     Attributes
     ----------
@@ -314,8 +316,23 @@ class Answering:
             numbers |= {f"{key} {name}": value for key, value in found.items()}
         return total, numbers
 
+    def saliency(self, seen: Seen) -> tuple[Tensor, dict[str, float]]:
+        """Stage of saliency: which tokens of an item's pictures the answer to one of its questions hangs on."""
+        device = next(self.talk.parameters()).device
+        tokens = [x.to(device).requires_grad_() for x, _ in seen.pictures]
+        said = self.talk.answers(seen.batch, projected(self.talk, tokens), [torch.arange(len(x)) for x in tokens])
+        numbers = said.turn.unique()
+        items = numbers // ITEM
+        # one question of each item, at random; items do not see each other
+        drawn = torch.rand(len(numbers), device=device)
+        chosen = torch.stack([numbers[torch.where(items == item, drawn, -1.0).argmax()] for item in items.unique()])
+        best = seen.teacher.to(device).argmax(-1, keepdim=True)
+        likely = said.logits.log_softmax(-1).gather(1, best)[torch.isin(said.turn, chosen)]
+        gradients = torch.autograd.grad(likely.sum(), tokens)
+        return salience(self.resampler, [x.detach() for x in tokens], gradients)
+
     def halting(self, seen: Seen) -> tuple[Tensor, dict[str, float]]:
-        """Third stage: whether answers stay the same with a prefix."""
+        """Stage of halting: whether answers stay the same with a prefix."""
         with torch.no_grad():
             k = prefixes(self.resampler.config.tokens)[1]
             whole = self._read(seen, k)

@@ -17,7 +17,7 @@ from vtok.errors import VtokError
 from vtok.export.vision import VisionGraph, vision_graph
 from vtok.method import Method
 from vtok.resampler import OrderedResampler, ResamplerConfig, files
-from vtok.resampler.starts import SCHEMES
+from vtok.resampler.starts import TRAINED
 
 from ...models import IMAGE, build, inputs
 
@@ -105,7 +105,7 @@ def test_options_and_chains(family: str, method: Any, options: dict[str, Any]) -
         same(vision_graph(model, pictures(family, model, 1)), family, model)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", TRAINED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trained_resampler(family: str, scheme: str) -> None:
     model = model_of(family)
@@ -114,6 +114,8 @@ def test_a_trained_resampler(family: str, scheme: str) -> None:
     torch.manual_seed(0)
     resampler = OrderedResampler(config)
     torch.nn.init.normal_(resampler.leave.weight, std=0.2)
+    if scheme == "salient":
+        torch.nn.init.normal_(resampler.saliency.out.weight)
     with vtok.compressed(model, "flextok", keep=0.3, weights=resampler.eval().requires_grad_(False)):
         same(vision_graph(model, pictures(family, model, 1)), family, model)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vtok.errors import VtokError
 from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig, files, plan
 from vtok.resampler.learn import Features, answer_loss, prefixes, stacked
-from vtok.resampler.starts import SCHEMES
+from vtok.resampler.starts import PICKED, TRAINED
 from vtok.tokenizers import anchors
 
 GRIDS = [(8, 8), (5, 9), (1, 7), (11, 2)]
@@ -24,6 +24,8 @@ def made(trained: bool = False, **changes: object) -> OrderedResampler:
     resampler = OrderedResampler(ResamplerConfig(**{**SMALL, **changes}))
     if trained:
         torch.nn.init.normal_(resampler.leave.weight, std=0.3)
+        if resampler.config.scheme == "salient":
+            torch.nn.init.normal_(resampler.saliency.out.weight)
         resampler.measure(3 * torch.randn(200, resampler.config.dim) + 1)
     return resampler.eval()
 
@@ -60,7 +62,7 @@ def test_untrained_it_is_the_least_alike(grid: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", TRAINED)
 def test_the_first_k_of_many_are_a_run_with_k(grid: tuple[int, int], scheme: str) -> None:
     resampler, x = made(trained=True, scheme=scheme), tokens(grid)
     whole = resampler(x, grid)
@@ -76,7 +78,7 @@ def test_what_is_picked_does_not_depend_on_what_was_measured() -> None:
     assert before is not None and torch.equal(resampler.starts(x, (6, 6), 8).picks, before)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", TRAINED)
 def test_a_picture_does_not_depend_on_its_batch(scheme: str) -> None:
     resampler, x = made(trained=True, scheme=scheme), tokens((6, 5), batch=3)
     together = resampler(x, (6, 5))
@@ -84,7 +86,7 @@ def test_a_picture_does_not_depend_on_its_batch(scheme: str) -> None:
         torch.testing.assert_close(resampler(x[row : row + 1], (6, 5))[0], together[row], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", TRAINED)
 def test_masked_cells_are_not_there(scheme: str) -> None:
     resampler, x = made(trained=True, scheme=scheme), tokens((4, 6))
     mask = torch.ones(2, 24, dtype=torch.bool)
@@ -93,14 +95,14 @@ def test_masked_cells_are_not_there(scheme: str) -> None:
     other = torch.where(mask[..., None], x, 100.0)
     torch.testing.assert_close(resampler(other, (4, 6), 12, mask=mask), z, atol=1e-5, rtol=0)
     torch.testing.assert_close(z[0], resampler(x, (4, 6), 12)[0], atol=1e-5, rtol=0)
-    if scheme == "farthest":
+    if scheme in PICKED:
         with pytest.raises(VtokError, match="13 tokens cannot be picked from 12 cells"):
             resampler(x, (4, 6), 13, mask=mask)
 
 
 @pytest.mark.grad
 @pytest.mark.parametrize("k", [1, 2, 9, 32])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", TRAINED)
 def test_gradients_reach_every_part_at_every_k(k: int, scheme: str) -> None:
     resampler = made(trained=True, scheme=scheme).train()
     x = tokens((6, 6)).requires_grad_()
@@ -108,6 +110,8 @@ def test_gradients_reach_every_part_at_every_k(k: int, scheme: str) -> None:
     assert x.grad is not None and x.grad.abs().sum() > 0
     assert (resampler.registers.grad.abs().sum(1) > 0).tolist() == [True] * k + [False] * (32 - k)
     for name, weight in resampler.named_parameters():
+        if name.startswith("saliency."):  # which tokens are picked has no gradient
+            continue
         assert weight.grad is not None, name
         assert weight.grad.isfinite().all(), name
 
@@ -122,7 +126,7 @@ def test_a_plan_stands_for_every_cell() -> None:
         assert (shown[~standing] > 0).all()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", TRAINED)
 def test_saved_and_loaded_bit_by_bit(tmp_path: Path, scheme: str) -> None:
     resampler = made(trained=True, halting=True, family="llava", fingerprint=(0.5, -0.25), scheme=scheme)
     files.save(resampler, tmp_path / "own")
