@@ -334,6 +334,7 @@ def test_weights_of_another_model(tiny: Any, tmp_path: Path) -> None:
         ({"weights": "nowhere"}, r"no resampler 'nowhere'.*known names are"),
         ({"weights": 3}, r"flextok takes str or OrderedResampler or None as weights, not 3"),
         ({"scheme": "spiral"}, r"scheme='spiral' is unknown; known are quadtree, haar"),
+        ({"scheme": "salient"}, r"scheme='salient' needs trained weights, which bring it along: pass weights= alone"),
         ({"auto": 0.5}, r"only trained weights can tell; pass weights="),
         ({"auto": 1.5}, r"auto=1.5 is no quality; give a number between 0 and 1"),
         ({"keep": "auto"}, r"only trained weights can tell; pass weights="),

@@ -141,7 +141,7 @@ def test_distil_a_folder_from_the_command_line(name: str, folder: Path, tmp_path
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     sizes = ("--tokens", 8, "--width", 64, "--blocks", 1)
-    steps = ("--features", 2, "--answers", 2, "--halting", 1, "--batch", 2, "--device", "cpu")
+    steps = ("--saliency", 2, "--features", 2, "--answers", 2, "--halting", 1, "--batch", 2, "--device", "cpu")
     out = tmp_path / "out"
     result = invoke("--model", tmp_path / "model", "--data", folder, "--out", out, *sizes, *steps, "--json")
     assert result.exit_code == 0, result.output
@@ -186,7 +186,7 @@ def test_a_low_rank_change_is_learnt_along(name: str, folder: Path, tmp_path: Pa
     for part in (model, processor):
         part.save_pretrained(tmp_path / "model")
     sizes = ("--tokens", 8, "--width", 64, "--blocks", 1, "--lora", 2, "--rate", 0.02)
-    steps = ("--features", 1, "--answers", 3, "--halting", 1, "--batch", 2, "--device", "cpu")
+    steps = ("--saliency", 1, "--features", 1, "--answers", 3, "--halting", 1, "--batch", 2, "--device", "cpu")
     out = tmp_path / "out"
     result = invoke("--model", tmp_path / "model", "--data", folder, "--out", out, *sizes, *steps)
     assert result.exit_code == 0, result.output
@@ -253,6 +253,29 @@ def test_what_is_captured_is_what_the_resampler_gets(folder: Path) -> None:
     assert learned.resampler.leave.weight.grad.abs().sum() > 0
     assert numbers["kl long"] >= 0
     assert "_vtok" not in model.__dict__
+
+
+@pytest.mark.grad
+@pytest.mark.parametrize("name", NANO)
+def test_what_answers_hang_on_is_all_that_is_learnt_first(name: str, folder: Path) -> None:
+    from vtok.resampler import FeatureReader, OrderedResampler, ResamplerConfig
+    from vtok.resampler.data import Batches, read
+    from vtok.resampler.learn import Features
+
+    model, processor = nano.blank(name, scenes.words())
+    dim = {"nano-llava": 384, "nano-qwen": 160}[name]
+    config = ResamplerConfig(dim=dim, width=32, head_dim=16, blocks=1, tokens=8, scheme="salient")
+    learned = Features(OrderedResampler(config), FeatureReader(config, 1))
+    distillation = Distillation(model, learned, Recipe(batch=4))
+    batch = Batches(read(folder), processor, 4, 1, "0")[0]
+    loss, numbers = distillation.saliency(batch)
+    loss.backward()
+    # a head that knows nothing names nine tenths of the tokens alike
+    sizes = [len(x) for x, _ in distillation.pictures(batch)]
+    assert numbers["perplexity"] == pytest.approx(0.9 * sum(sizes) / len(sizes), rel=0.05)
+    changed = [key for key, p in learned.named_parameters() if p.grad is not None]
+    assert changed and all(key.startswith("resampler.saliency.") for key in changed)
+    assert all(p.grad is None for p in model.parameters()) and "_vtok" not in model.__dict__
 
 
 @pytest.mark.grad

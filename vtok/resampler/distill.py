@@ -27,6 +27,9 @@ from vtok.resampler.starts import SALIENT
 from vtok.resampler.watching import Capture, Probe, Watch
 from vtok.training import Stage, train
 
+#: on log-probabilities whose gradients are taken
+FACTOR = 1024.0
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -103,8 +106,9 @@ class Distillation:
             said = self._said(self._inputs(batch), batch).float().log_softmax(-1)
         if not probe.seen:
             return 0.0 * resampler.saliency.out.weight.sum(), {}
-        # rows do not see each other: one gradient for all is each one's own
-        return salience(resampler, *probe.pictures(said.amax(-1).sum()))
+        # rows do not see each other: one gradient for all is each one's own. Shares do not hang on the factor, and in
+        # half precision small gradients would vanish without
+        return salience(resampler, *probe.pictures(FACTOR * said.amax(-1).sum()))
 
     def features(self, batch: Prompts) -> tuple[Tensor, dict[str, float]]:
         """A step of the stage of features."""

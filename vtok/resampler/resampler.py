@@ -137,7 +137,8 @@ class OrderedResampler(nn.Module):
         """What the picks weigh: they have no gradient."""
         if self.config.scheme != SALIENT:
             return None
-        return weights(self.saliency(self.standard(x)), mask)
+        with torch.autocast(x.device.type, enabled=False):  # rounded, they would pick others
+            return weights(self.saliency(self.standard(x.to(self.spread.dtype))), mask)
 
     def enough(self, registers: Tensor, quality: float) -> Tensor:
         """(B,) how many tokens pictures need whose registers (B, k, width) ``read`` gave: at most k.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from vtok.resampler import OrderedResampler, ResamplerConfig
 from vtok.resampler.learn import salience
@@ -83,3 +84,15 @@ def test_pictures_without_a_gradient_teach_nothing() -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in head.parameters())
+
+
+def test_picks_do_not_hang_on_autocast() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 42, 24)
+    made = OrderedResampler(ResamplerConfig(dim=24, width=32, head_dim=16, tokens=20, scheme="salient"))
+    nn.init.normal_(made.saliency.out.weight)
+    plain = made.starts(x, (6, 7), 20).picks
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made.starts(x, (6, 7), 20).picks
+    assert found is not None and plain is not None and torch.equal(found, plain)
+    assert not torch.equal(plain, farthest(x, (6, 7), 20).picks)
