@@ -84,8 +84,7 @@ def salience(
         gradients: (n, D) of the log-probability of what the model answers to one question; NaN where not known.
     """
     found = [energy(own, resampler.spread) for own in gradients]
-    with torch.enable_grad():
-        logits = [resampler.saliency(resampler.standard(x)) for x in pictures]
+    logits = [resampler.saliency(resampler.standard(x)) for x in pictures]
     loss = saliency_loss(logits, found)
     return loss, {"perplexity": math.exp(min(20.0, loss.item()))}
 
