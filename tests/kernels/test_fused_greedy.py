@@ -98,7 +98,12 @@ def test_ties_go_to_the_lower_index(select, dtype, triton):
     axes = torch.tensor([[1.0, 0, 0], [0, 2, 0], [-4, 0, 0], [0, 2, 0], [0, 0, 1], [2, 0, 0]]).repeat(3, 1)
     x = axes.expand(2, -1, -1).to(triton, dtype)  # every cosine is -1, 0 or 1
     assert select(x, 12, sort=False).tolist() == expected(select, x, 12, sort=False).tolist()
-    equal = features(1, 40, dtype=dtype).expand(2, 21, 40).to(triton)
+    equal = features(1, 40, dtype=dtype)
+    if triton == "cpu":
+        # The interpreter multiplies by numpy, which on some processors (OpenBLAS for AVX2) sums the last columns of a
+        # tile in another order than the first: only whole numbers are exact in both.
+        equal = (4 * equal).round()
+    equal = equal.expand(2, 21, 40).to(triton)
     assert select(equal, 4).tolist() == [[0, 1, 2, 10] if select in (by_sum, by_maximum) else [0, 1, 2, 3]] * 2
 
 
