@@ -7,7 +7,7 @@ from . import _portable  # noqa: F401
 from . import cuda as _cuda  # noqa: F401
 from . import fused as _fused  # noqa: F401
 from . import ops as _ops  # noqa: F401
-from ._common import ranking
+from ._common import no_grad, ranking
 from .attention import attention_rows, received_attention, value_similarity
 from .backend import available, get, portable, register, use
 from .compact import compact, gather_tokens, left_compact, scatter_tokens
@@ -49,6 +49,7 @@ __all__ = [
     "merge_mean",
     "merge_sum",
     "merge_tokens",
+    "no_grad",
     "packed_attention",
     "portable",
     "random",

@@ -1,9 +1,30 @@
 """What every operator shares: the dtype of scores, unit rows, and the check of a count."""
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
 from .backend import portable_asked
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def no_grad(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: `torch.no_grad`, which is not touched where gradients are off already.
+
+    torch.export cuts its graph at every switch of gradients and writes it anew for each, which made exports of merging
+    methods quadratic: hundreds of merges of windows, each with its own switches.
+    """
+    quiet = torch.no_grad()(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (quiet if torch.is_grad_enabled() else function)(*args, **kwargs)
+
+    return call
 
 
 def score_dtype(x: Tensor) -> torch.dtype:

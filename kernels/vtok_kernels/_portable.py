@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._common import score_dtype, unit
+from ._common import no_grad, score_dtype, unit
 from .backend import portable_form
 from .greedy import check_selection
 
@@ -33,7 +33,7 @@ def _ordered(picks: list[Tensor], sort: bool) -> Tensor:
 
 
 @portable_form("farthest_first")
-@torch.no_grad()
+@no_grad
 def farthest_first(
     x: Tensor, k: int, *, weights: Tensor | None = None, first: Tensor | None = None, sort: bool = True
 ) -> Tensor:
@@ -58,7 +58,7 @@ def farthest_first(
 
 
 @portable_form("max_sum")
-@torch.no_grad()
+@no_grad
 def max_sum(x: Tensor, k: int, pivot: Tensor, *, objective: str = "sum", sort: bool = True) -> Tensor:
     """As the operator. A picked token is -4 N dissimilar to itself, which no sum of N cosines makes up for."""
     check_selection(x, k, first=pivot, name="pivot")

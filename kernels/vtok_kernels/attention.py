@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._common import check_shape, check_tokens, score_dtype
+from ._common import check_shape, check_tokens, no_grad, score_dtype
 from .backend import operator
 
 
@@ -41,7 +41,7 @@ def _head_mean(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tenso
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def attention_rows(q: Tensor, k: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
     """Rows of the attention map, averaged over heads.
 
@@ -77,7 +77,7 @@ def attention_rows(q: Tensor, k: Tensor, *, scale: float, mask: Tensor | None = 
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def received_attention(
     q: Tensor,
     k: Tensor,
@@ -148,7 +148,7 @@ def received_attention(
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def value_similarity(v: Tensor, row: Tensor, *, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Softmax over tokens of the similarity of their values to one value row, mean over heads.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._common import check_count, check_tokens
+from ._common import check_count, check_tokens, no_grad
 from .backend import operator
 
 
@@ -119,7 +119,7 @@ def scatter_tokens(x: Tensor, index: Tensor, n: int, mask: Tensor | None = None)
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def left_compact(keep: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Where to gather kept tokens from, so that each row ends with them, in order: left padding.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._common import check_count, check_shape, check_tokens, unit
+from ._common import check_count, check_shape, check_tokens, no_grad, unit
 from .backend import operator
 
 
@@ -146,7 +146,7 @@ def check_selection(
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def farthest_first(
     x: Tensor, k: int, *, weights: Tensor | None = None, first: Tensor | None = None, sort: bool = True
 ) -> Tensor:
@@ -198,7 +198,7 @@ def farthest_first(
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def max_sum(x: Tensor, k: int, pivot: Tensor, *, objective: str = "sum", sort: bool = True) -> Tensor:
     """Greedy max-sum diversification from a pivot (ToDRE, arXiv 2505.18757).
 
@@ -246,7 +246,7 @@ def max_sum(x: Tensor, k: int, pivot: Tensor, *, objective: str = "sum", sort: b
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, *, sort: bool = True) -> Tensor:
     """Greedy MAP of the determinantal point process K = diag(r) cos diag(r) (CDPruner, arXiv 2506.10967).
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._common import check_shape, check_tokens, ranking, score_dtype, unit
+from ._common import check_shape, check_tokens, no_grad, ranking, score_dtype, unit
 from .backend import operator
 from .merge import MergePlan
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def cosine_scores(x: Tensor) -> Tensor:
     """Cosine of tokens at even places (A) to tokens at odd places (B): x (B, N, D) -> (B, ceil(N/2), floor(N/2)).
 
@@ -23,7 +23,7 @@ def cosine_scores(x: Tensor) -> Tensor:
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def mctf_scores(
     x: Tensor, attention_received: Tensor, sizes: Tensor, tau: tuple[float, float, float] = (1, 20, 40)
 ) -> Tensor:
@@ -59,7 +59,7 @@ def mctf_scores(
     return _biased(cosine_scores(x), bias, tau[0])
 
 
-@torch.no_grad()
+@no_grad
 def mctf_bias(attention_received: Tensor, sizes: Tensor, tau: tuple[float, float, float] = (1, 20, 40)) -> Tensor:
     """The part of `mctf_scores` that is of rank one: what each token adds, as a source or as a destination.
 
@@ -205,7 +205,7 @@ def _match(scores: Tensor, r: int, protected: Tensor | int | None, two_way: bool
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def bipartite_match(
     scores: Tensor, r: int, *, protected: Tensor | int | None = None, two_way: bool = False
 ) -> MergePlan:
@@ -252,7 +252,7 @@ def bipartite_match(
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def match_tokens(
     metric: Tensor,
     r: int,
@@ -310,7 +310,7 @@ def check_tokens_match(
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def strided_merge(metric: Tensor, c: int) -> tuple[Tensor, Tensor]:
     """Contextual tokens: evenly strided targets, everything else to the most similar one.
 

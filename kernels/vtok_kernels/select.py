@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import check_count, check_tokens, ranking
+from ._common import check_count, check_tokens, no_grad, ranking
 from .backend import operator
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def topk(scores: Tensor, k: int) -> Tensor:
     """Indices of the k highest scores.
 

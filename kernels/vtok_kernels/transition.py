@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ._common import check_shape, check_tokens, score_dtype
+from ._common import check_shape, check_tokens, no_grad, score_dtype
 from .backend import operator
 
 
 @operator
-@torch.no_grad()
+@no_grad
 def transition(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Magnitude and direction of the update of each token (TransPrune, arXiv 2507.20630, section 3.2).
 

@@ -80,3 +80,29 @@ def test_the_context_ends():
     with pytest.raises(RuntimeError), vk.portable():
         raise RuntimeError
     assert not vk.backend.portable_asked()
+
+
+@pytest.mark.parametrize("name", ["cosine_scores", "match_tokens", "farthest_first", "topk"])
+def test_gradients_are_not_switched_where_they_are_off(name):
+    """torch.export cuts its graph at every switch."""
+    switches = []
+
+    class Watching(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch._C._set_grad_enabled:
+                switches.append(args)
+            return function(*args, **(kwargs or {}))
+
+    def call():
+        x = torch.rand(2, 9) if name == "topk" else torch.rand(2, 9, 4)
+        x.requires_grad_(torch.is_grad_enabled())
+        return getattr(vk, name)(x, *(() if name == "cosine_scores" else (3,)))
+
+    with vk.portable(), Watching():
+        with torch.no_grad():
+            switches.clear()
+            call()
+            assert not switches
+        found = call()
+        assert switches
+    assert not getattr(found, "dst", found).requires_grad

@@ -19,6 +19,9 @@ from vtok.export.trace import Program
 FILES = {"vision": "vision_compress.onnx", "embed": "embed_tokens.onnx", "decoder": "decoder.onnx"}
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSET = 20
+OPTIMISED = 5000
+"""Nodes of a traced graph up to which onnxscript's optimiser looks through it. ToMe on nano-qwen, which merges windows
+of 30 kinds, has 10,000 nodes, and kept it busy for more than 20 minutes; ONNX Runtime optimises whatever it loads."""
 LARGEST = 1_500_000_000
 """Bytes of weights above which they lie in a file of their own (``.onnx.data``): a protobuf ends at 2 GiB."""
 
@@ -102,6 +105,7 @@ def translate(program: Program) -> Any:
                 input_names=list(program.inputs),
                 output_names=list(program.outputs),
                 opset_version=OPSET,
+                optimize=len(program.exported.graph.nodes) <= OPTIMISED,
                 verbose=False,
             )
     finally:

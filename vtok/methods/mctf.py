@@ -49,17 +49,17 @@ class MCTF(Method):
         layers = self.layers or fusion_layers(shape, first=1, everywhere=self.compat)
         return [Stage("encoder", layer, fuse=fuse) for layer in layers]
 
+    @kernels.no_grad
     def match(self, view: TowerView, r: int) -> kernels.MergePlan:
         """Two-way matching on the product of the three criteria."""
-        with torch.no_grad():
-            return kernels.match_tokens(
-                cell_features(view),
-                r,
-                protected=view.prefix,
-                two_way=self.two_way,
-                bias=kernels.mctf_bias(self._received(view), self._sizes(view), self.tau),
-                temperature=self.tau[0],
-            )
+        return kernels.match_tokens(
+            cell_features(view),
+            r,
+            protected=view.prefix,
+            two_way=self.two_way,
+            bias=kernels.mctf_bias(self._received(view), self._sizes(view), self.tau),
+            temperature=self.tau[0],
+        )
 
     def weights(self, view: TowerView) -> Tensor:
         """Pooling weights: received attention times relative size, without gradient."""

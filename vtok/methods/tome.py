@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 import vtok_kernels as kernels
 from vtok.method import Method, register
 from vtok.methods._fusion import fusion_layers, keys_metric
@@ -41,7 +39,7 @@ class ToMe(Method):
         layers = self.layers or fusion_layers(shape, everywhere=self.compat)
         return [Stage("encoder", layer, fuse=fuse, reads=frozenset({"qkv"})) for layer in layers]
 
+    @kernels.no_grad
     def match(self, view: TowerView, r: int) -> kernels.MergePlan:
         """Pour the ``r`` best matched tokens of every other position into their partners (A1.1 of the paper's D)."""
-        with torch.no_grad():
-            return kernels.match_tokens(keys_metric(view), r, protected=view.prefix)
+        return kernels.match_tokens(keys_metric(view), r, protected=view.prefix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,10 +37,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 def train_command(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, log, the finished tokenizer and its measures.")],
     data: Annotated[str, typer.Option(help="A folder of pictures (PNG, JPEG, WebP), or a name: scenes.")] = "scenes",
-    preset: Annotated[str, typer.Option(help="Shapes: test, nano, tiny, small, base, d12-d12, ...")] = "nano",
+    preset: Annotated[
+        str | None, typer.Option(help="Shapes: test, nano, tiny, small, base, d12-d12, ...; nano by default.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", help='A field of the config, such as quantiser="vq" or tokens=64; repeatable.'),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="A trained tokenizer whose tokens stay: trains another decoder for them; its shapes hold."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Batches.", min=1)] = 8000,
     batch: Annotated[int, typer.Option(help="Pictures in a batch.", min=1)] = 32,
@@ -59,19 +66,26 @@ def train_command(
 ) -> None:
     """Train a tokenizer and measure it; interrupted, the same command goes on."""
     from vtok.tokenizers import tables
+    from vtok.tokenizers.config import TokenizerConfig
     from vtok.tokenizers.config import preset as named
     from vtok.tokenizers.data import find
     from vtok.tokenizers.files import device_of, vae_of
+    from vtok.tokenizers.files import tokenizer as load
     from vtok.tokenizers.train import FINISHED, Recipe, assess, train
 
-    config = named(preset, **dict(_option(text) for text in option or ()))
+    if preset is not None and start is not None:
+        raise VtokError("--preset and --start both give shapes; leave one of them out")
+    place, changes = device_of(device), dict(_option(text) for text in option or ())
+    trained = None if start is None else load(start, device, vae)
+    if trained is None:
+        config = named(preset or "nano", **changes)
+    else:
+        config = TokenizerConfig.of(dataclasses.asdict(trained.config) | changes)
     pictures = find(data, "train", seed=seed, share=share)
     held_out = [find(each, "held-out" if each == data else "all", seed=seed, share=share) for each in check or [data]]
     recipe = Recipe(steps, batch, rate, views=views, seed=seed)
-    place = device_of(device)
-    tokenizer = train(
-        config, pictures, out, recipe, device=place, workers=workers, resume=resume, vae=vae_of(vae, place)
-    )
+    training = {"device": place, "workers": workers, "resume": resume, "vae": vae_of(vae, place), "start": trained}
+    tokenizer = train(config, pictures, out, recipe, **training)
     report = assess(tokenizer, held_out, out, limit=limit)
     if as_json:
         typer.echo(json.dumps(report, indent=1))

@@ -58,6 +58,8 @@ class TokenizerConfig:
             velocity follows (arXiv 2511.13720). A velocity holds all of the noise, so its network must be wider than a
             patch has numbers; a signal needs no more than the picture.
         time_scale: what times in [0, 1] are multiplied by before they become waves (flow decoder).
+        time_shift: mean of the logit of the times that a flow decoder is trained at: 0 in FlexTok; more of them are
+            near pure noise above it, where a signal has to be guessed from tokens alone (0.8 in arXiv 2511.13720).
         repa: channels of the features that the decoder's patches are aligned to (REPA, arXiv 2410.06940); 0: no head.
         repa_block: decoder block (from 0) behind which they are read.
         repa_weight: of that loss.
@@ -98,6 +100,7 @@ class TokenizerConfig:
     guidance: float = 1.0
     predicts: str = "signal"
     time_scale: float = 1000.0
+    time_shift: float = 0.8
     repa: int = 0
     repa_block: int = 1
     repa_weight: float = 1.0
@@ -203,6 +206,7 @@ _FLEXTOK: dict[str, Any] = {
     "anchors": False,
     "decoder": "flow",
     "predicts": "velocity",
+    "time_shift": 0.0,
     "sampler": "uniform",
     "guidance": 7.5,
 }

@@ -176,7 +176,7 @@ class Flow(Decoder):
 
     def judge(self, values: Tensor, keep: Tensor, signal: Tensor, generator: torch.Generator | None) -> Judged:
         noise = torch.randn(signal.shape, generator=generator).to(signal)
-        time = flow.sample_times(len(signal), generator).to(signal)
+        time = flow.sample_times(len(signal), generator, self.config.time_shift).to(signal)
         dropped = torch.rand(len(signal), generator=generator) < self.config.null_rate
         registers = self.registers(values, keep)
         registers = torch.where(dropped.to(signal.device)[:, None, None], self.null.to(registers.dtype), registers)

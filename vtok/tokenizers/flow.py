@@ -11,9 +11,15 @@ from torch import Tensor
 from vtok.errors import VtokError
 
 
-def sample_times(batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """(batch,) times in (0, 1) on the CPU: the sigmoid of a standard normal (arXiv 2403.03206); 1 is pure noise."""
-    return torch.randn(batch, generator=generator).sigmoid()
+def sample_times(batch: int, generator: torch.Generator | None = None, shift: float = 0.0) -> Tensor:
+    """(batch,) times in (0, 1) on the CPU: the sigmoid of a normal (arXiv 2403.03206); 1 is pure noise.
+
+    Args:
+        batch: how many.
+        generator: on the CPU.
+        shift: mean of the normal; its variance is 1.
+    """
+    return (torch.randn(batch, generator=generator) + shift).sigmoid()
 
 
 def noised(signal: Tensor, noise: Tensor, time: Tensor) -> Tensor:

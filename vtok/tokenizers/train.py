@@ -19,6 +19,7 @@ from vtok.tokenizers.config import TokenizerConfig
 from vtok.tokenizers.data import Pictures, Views, view
 from vtok.tokenizers.flextok import FlexTok
 from vtok.tokenizers.pictures import reconstructions
+from vtok.tokenizers.start import begin, check, fingerprint
 from vtok.training import Stage
 from vtok.training import train as run_stage
 
@@ -74,6 +75,7 @@ def train(
     resume: bool = True,
     vae: Any = None,
     features: Callable[[Tensor], Tensor] | None = None,
+    start: FlexTok | None = None,
     every: float = 180.0,
     console: Console | None = None,
 ) -> FlexTok:
@@ -99,6 +101,8 @@ def train(
         For configs that work on latents.
     features : callable, optional
         Images (B, 3, H, W) in [0, 1] to the frozen features (B, repa, h, w) that a REPA head is aligned to.
+    start : FlexTok, optional
+        A trained tokenizer of the same tokens: its encoder stays as it is, and a decoder is trained for it.
     every : float
         Seconds between checkpoints.
     console : rich.Console, optional
@@ -112,14 +116,19 @@ def train(
     Raises
     ------
     VtokError
-        ``out`` holds a run with other settings, a head lacks its features, or the loss is no longer a number.
+        ``out`` holds a run with other settings, a head lacks its features, ``start`` has other tokens than ``config``,
+        or the loss is no longer a number.
     """
     recipe, out = recipe or Recipe(), Path(out)
     if config.repa and features is None:
         raise VtokError("a REPA head learns from the features of a frozen model; pass features=, or set repa=0")
-    _settle(out, {"config": asdict(config), "recipe": asdict(recipe), "data": pictures.name}, resume)
+    if start is not None:
+        check(config, start.config)
+    settings: dict[str, Any] = {"config": asdict(config), "recipe": asdict(recipe), "data": pictures.name}
+    _settle(out, settings if start is None else settings | {"start": fingerprint(start)}, resume)
     torch.manual_seed(recipe.seed)
     tokenizer = FlexTok(config, vae=vae).to(device).train()
+    learning = [tokenizer] if start is None else begin(tokenizer, start)
 
     def step(images: Tensor) -> tuple[Tensor, dict[str, float]]:
         images = images.to(device)
@@ -129,7 +138,7 @@ def train(
     stage = Stage(
         STAGE,
         recipe.steps,
-        [([tokenizer], recipe.rate)],
+        [(learning, recipe.rate)],
         step,
         warmup=max(1, min(recipe.warmup, recipe.steps // 5)),
         decay=recipe.decay,

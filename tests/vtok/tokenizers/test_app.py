@@ -84,6 +84,17 @@ def test_a_finished_training_is_not_done_again(trained: tuple[Path, Any], pictur
     assert "other settings (steps: 12 there, 13 here)" in refused("train", *given, "--steps", 13)
 
 
+def test_another_decoder_for_the_same_tokens(trained: tuple[Path, Any], pictures: Path, tmp_path: Path) -> None:
+    out, _ = trained
+    given = ["--data", pictures, "--steps", 1, "--batch", 4, "--share", 0.2, "--start", out, "--device", "cpu"]
+    run("train", *given, "-o", "decoder=flow", "--out", tmp_path / "flow")
+    old, new = (FlexTok.from_pretrained(folder / "tokenizer") for folder in (out, tmp_path / "flow"))
+    images = torch.rand(2, 3, 32, 32)
+    assert new.config.decoder == "flow" and torch.equal(new.encode(images), old.encode(images))
+    assert "leave one of them out" in refused("train", *given, "--preset", "test", "--out", tmp_path / "both")
+    assert "tokens is 4 here and 8 there" in refused("train", *given, "-o", "tokens=4", "--out", tmp_path / "other")
+
+
 def test_tokens_go_to_a_file_and_back(trained: tuple[Path, Any], pictures: Path, tmp_path: Path) -> None:
     out, _ = trained
     file = tmp_path / "tokens.safetensors"

@@ -48,9 +48,10 @@ def test_the_loss_is_least_at_the_mean_velocity() -> None:
     torch.testing.assert_close(x[2], 0.25 * noise[2] + 0.75 * signal[2])
 
 
-def test_times_are_logit_normal() -> None:
-    time = flow.sample_times(50000, torch.Generator().manual_seed(0))
-    assert time.logit().mean().item() == pytest.approx(0, abs=0.02)
+@pytest.mark.parametrize("shift", [0.0, 0.8])
+def test_times_are_logit_normal(shift: float) -> None:
+    time = flow.sample_times(50000, torch.Generator().manual_seed(0), shift)
+    assert time.logit().mean().item() == pytest.approx(shift, abs=0.02)
     assert time.logit().std().item() == pytest.approx(1, abs=0.02)
 
 
