@@ -136,6 +136,23 @@ def test_refusals(exports: list[Path], results: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cards").exists()
 
 
+def test_a_card_is_brought_up_to_date(exports: list[Path], results: Path, tmp_path: Path) -> None:
+    cards = tmp_path / "cards"
+    write(exports[:2], cards, results=results, name="both", picture=False)
+    (tmp_path / "again").mkdir()
+    better = dataclasses.replace(PARITY, answers_equal=100)
+    again = folder(tmp_path / "again" / exports[1].name, "onnx", "flowcut", 64, parity=better)
+    card = write([exports[2], again], cards, results=results, name="both", picture=False, update=True)
+    found = json.loads((card / "card.json").read_text())["exports"]
+    assert [record["folder"] for record in found] == [path.name for path in exports]
+    assert [record["parity"]["answers_equal"] for record in found] == [99, 100, 99]
+    foreign = folder(tmp_path / "foreign", "hf", "flowcut", 64, source={"name": "other", "family": "llava"})
+    with pytest.raises(VtokError, match="about another model"):
+        write([foreign], cards, name="both", picture=False, update=True)
+    with pytest.raises(VtokError, match="no readable"):
+        write(exports, cards, name="none", picture=False, update=True)
+
+
 def test_the_command_draws_what_is_kept(tmp_path: Path) -> None:
     model, processor = tiny.build("llava")
     model.save_pretrained(tmp_path / "model")

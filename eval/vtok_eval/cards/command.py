@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from vtok.errors import VtokError
 from vtok.export import manifest
 from vtok.export.manifest import Manifest
-from vtok_eval.cards.facts import PICTURE, README, Facts, chosen, compressions, exported
+from vtok_eval.cards.facts import PICTURE, README, Facts, chosen, compressions, exported, read
 from vtok_eval.cards.proof import unproven
 from vtok_eval.cards.text import render
 from vtok_eval.render.results import Run
@@ -28,13 +29,17 @@ def command(
     about: Annotated[Path | None, typer.Option(help="A file with a paragraph on the model.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the weights, as the hub names it.")] = None,
     picture: Annotated[bool, typer.Option(help="Draw what is kept of a picture.")] = True,
+    update: Annotated[
+        bool, typer.Option("--update", help="Exports in the card that is there stay, save those given now.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
     """Write a model card: what was done, accuracy, speed, parity, limits, licences, all from files beside it."""
     from vtok.cli import _print_json, _quiet
 
     _quiet()
-    folder = write(out, cards, results=results, name=name, about=about, licence=licence, picture=picture)
+    options: dict[str, Any] = {"about": about, "licence": licence, "picture": picture, "update": update}
+    folder = write(out, cards, results=results, name=name, **options)
     if as_json:
         _print_json({"card": str(folder / README), "files": sorted(path.name for path in folder.iterdir())})
     else:
@@ -50,6 +55,7 @@ def write(
     about: Path | None = None,
     licence: str | None = None,
     picture: bool = True,
+    update: bool = False,
 ) -> Path:
     """The folder of a card, written.
 
@@ -61,7 +67,7 @@ def write(
         Gets a folder of the card's name.
     results : Path, optional
         Folder of ``vtok eval``.
-    name, about, licence, picture
+    name, about, licence, picture, update
         As in the command's help.
 
     Returns
@@ -72,14 +78,19 @@ def write(
     Raises
     ------
     VtokError
-        Folders of different models or without a parity check; results of another model or without these settings.
+        Folders of different models or without a parity check; results of another model or without these settings;
+        no card to update.
     """
     notes = [(path, manifest.verify(path)) for path in exports]
     source = _one_model(notes)
+    title = name or exports[0].absolute().name
+    records = [exported(path.absolute(), note) for path, note in notes]
+    if update:
+        records = _updated(read(cards / title), source, records)
     facts = Facts(
-        name or exports[0].absolute().name,
+        title,
         source,
-        [exported(path.absolute(), note) for path, note in notes],
+        records,
         **_licence(str(source["name"]), licence),
         about="" if about is None else about.read_text(encoding="utf-8").strip(),
     )
@@ -101,6 +112,17 @@ def write(
     if wrong:
         raise VtokError(f"{folder / README} says {', '.join(wrong)}, which is in none of the files beside it")
     return folder
+
+
+def _updated(
+    card: Facts, source: Mapping[str, object], records: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """A card's records with those of the same folders replaced, and new ones behind them."""
+    if card.source != source:
+        raise VtokError(f"the card {card.name} is about another model than these folders; give another --name")
+    new = {str(record["folder"]): record for record in records}
+    kept = [new.pop(str(record["folder"]), record) for record in card.exports]
+    return [*kept, *new.values()]
 
 
 def _one_model(notes: list[tuple[Path, Manifest]]) -> dict[str, object]:
