@@ -79,12 +79,17 @@ class _GramRows:
     """Cosines to one token after another, from one product of matrices."""
 
     def __init__(self, unit_x: Tensor) -> None:
-        self.gram, self.twin = _gram(unit_x), _twins(unit_x)
-        self.item = torch.arange(unit_x.shape[0], device=unit_x.device)
+        self.gram, twin = _gram(unit_x), _twins(unit_x)
+        batch, n = twin.shape
+        # Twins take what the first of them has, row and column, once for all picks; none are seen on the CPU alone,
+        # since an accelerator would be waited for.
+        if _may_differ(twin, torch.arange(n, device=twin.device)):
+            whole = twin[:, None].expand(-1, n, -1)
+            self.gram = self.gram.gather(1, whole.transpose(1, 2)).gather(2, whole)
+        self.first_row = torch.arange(batch, device=twin.device) * n
 
     def to(self, pick: Tensor) -> Tensor:
-        row = self.gram[self.item, self.twin.gather(1, pick[:, None]).squeeze(1)]
-        return row.gather(1, self.twin)
+        return self.gram.flatten(0, 1).index_select(0, self.first_row + pick)
 
     def nearest_other(self) -> Tensor:
         itself = self.gram.diagonal(dim1=1, dim2=2)
@@ -92,7 +97,12 @@ class _GramRows:
         itself.fill_(-torch.inf)
         highest = self.gram.amax(-1)
         itself.copy_(held)
-        return (1 - highest).clamp_min(0).gather(1, self.twin)
+        return (1 - highest).clamp_min(0)
+
+
+def _may_differ(x: Tensor, y: Tensor) -> bool:
+    """Whether x is other than y, or would have to be waited for."""
+    return torch.compiler.is_compiling() or x.device.type != "cpu" or not bool((x == y).all())
 
 
 def _cosines(unit_x: Tensor, k: int, every: bool = False) -> _Rows | _GramRows:
@@ -184,15 +194,21 @@ def farthest_first(
     if k == 0:
         return _nothing(x)
     unit_x = unit(x)
-    factor = unit_x.new_ones(()) if weights is None else weights.to(unit_x.dtype)
+    factor = None if weights is None else weights.to(unit_x.dtype)
+
+    def weighted(distance: Tensor) -> Tensor:
+        return distance if factor is None else distance * factor
+
     cosines = _cosines(unit_x, k, every=first is None)
     if first is None:
-        first = (cosines.nearest_other() * factor).argmax(1)
+        first = weighted(cosines.nearest_other()).argmax(1)
     nearest = unit_x.new_full(x.shape[:2], torch.inf)
 
     def score(pick: Tensor, _: int) -> Tensor:
-        torch.minimum(nearest, (1 - cosines.to(pick)).clamp_min(0), out=nearest)
-        return nearest * factor
+        # A pick is some ten calls on a short row: in place, as 1 - row is slower on a CPU than both of these.
+        distance = cosines.to(pick).neg_().add_(1).clamp_min_(0)
+        torch.minimum(nearest, distance, out=nearest)
+        return weighted(nearest)
 
     return _greedy(first, x.shape[1], k, score, sort)
 

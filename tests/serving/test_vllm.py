@@ -76,10 +76,10 @@ def test_served_answers_are_those_of_transformers(kind, method, keep, options, t
     requests = [message(text, [] if image is None else [image]) for text, image in chats]
     chunked = ["--max-num-batched-tokens", "512"] if kind == "nano-qwen" else []
     log = tmp_path / "server.log"
-    with serve(folder, [*ARGUMENTS, *chunked], log=log) as port:
-        alone = [ask(port, request) for request in requests[:4]]
+    with serve(folder, [*ARGUMENTS, *chunked], log=log) as server:
+        alone = [ask(server.port, request) for request in requests[:4]]
         with ThreadPoolExecutor(16) as pool:  # all at once, pictures and text mixed
-            together = list(pool.map(partial(ask, port), requests))
+            together = list(pool.map(partial(ask, server.port), requests))
     for replies in (alone, together):
         for reply, (tokens, length) in zip(replies, wanted, strict=False):
             assert not reply.error, reply.error
@@ -92,8 +92,8 @@ def test_off_leaves_the_model_as_it_is(tmp_path, monkeypatch):
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     vtok.save(vtok.compress(model, "divprune", keep=64), folder, weights=False)
     arguments = [*ARGUMENTS, "--hf-overrides", '{"vtok": false}']
-    with serve(folder, arguments, log=tmp_path / "server.log") as port:
-        reply = chat(port, message(TEXTS[0], [picture(0)]), NEW)
+    with serve(folder, arguments, log=tmp_path / "server.log") as server:
+        reply = chat(server.port, message(TEXTS[0], [picture(0)]), NEW)
     assert not reply.error
     assert reply.prompt_tokens > 576
 

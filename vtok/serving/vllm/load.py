@@ -120,7 +120,7 @@ def command(
         ports = {}
         for name, value in servers.items():
             own = [*serve_options.split(), "--hf-overrides", json.dumps({"vtok": value})]
-            ports[name] = stack.enter_context(serve(model, own, log=logs / f"{name}.log"))
+            ports[name] = stack.enter_context(serve(model, own, log=logs / f"{name}.log")).port
         for name, port in ports.items():
             (warm, _), *_ = requests(1, 0.0, (width, height), -1)
             reply = chat(port, warm, new_tokens)

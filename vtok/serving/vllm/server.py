@@ -48,10 +48,18 @@ class Reply:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running server: its port on 127.0.0.1 and the id of its first process."""
+
+    port: int
+    process: int
+
+
 @contextmanager
 def serve(
     model: str | Path, arguments: Sequence[str] = (), *, log: str | Path, patience: float = 600.0
-) -> Iterator[int]:
+) -> Iterator[Server]:
     """Run ``vllm serve`` while the block runs.
 
     Args:
@@ -61,7 +69,7 @@ def serve(
         patience: seconds that it may take to start.
 
     Yields:
-        Its port on 127.0.0.1.
+        Where it is.
 
     Raises:
         VtokError: it ended or did not answer in time; names the log.
@@ -75,7 +83,7 @@ def serve(
         )
         try:
             _wait(process, port, patience, log)
-            yield port
+            yield Server(port, process.pid)
         finally:
             _end(process)
 
