@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from vtok.errors import VtokError
-from vtok.tokenizers import preset
+from vtok.tokenizers import FlexTok, preset
 from vtok.tokenizers.data import find
 from vtok.tokenizers.train import Recipe, assess, train
 from vtok_eval.models import tokenizer_card
+from vtok_eval.train.tokenizer import halve_decoder
 
 CARDS = sorted((Path(__file__).parents[2] / "model_cards").glob("*-tokenizer"))
 
@@ -39,3 +41,21 @@ def test_a_card_of_a_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_a_committed_card_is_what_its_files_give(card: Path) -> None:
     assert tokenizer_card.written(card.name.removesuffix("-tokenizer"), card) == (card / "README.md").read_text()
+
+
+def test_a_decoder_in_half_precision_leaves_the_tokens_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    old = FlexTok.preset("test", decoder="flow").eval()
+    folder = old.save_pretrained(tmp_path / "tokenizer")
+    before = (folder / "model.safetensors").stat().st_size
+    halve_decoder(folder)
+    new = FlexTok.from_pretrained(folder)
+    assert (folder / "model.safetensors").stat().st_size < 0.8 * before
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(new.encode(images), old.encode(images))
+    assert all(value.dtype == torch.float32 for value in new.state_dict().values() if value.is_floating_point())
+    torch.testing.assert_close(new.decode(new.encode(images)), old.decode(old.encode(images)), atol=0.02, rtol=0)
+    with torch.no_grad():
+        old.decoder.read.weight[0, 0] = 1e6
+    with pytest.raises(VtokError, match="half precision cannot hold"):
+        halve_decoder(old.save_pretrained(tmp_path / "large"))

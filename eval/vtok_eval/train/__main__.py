@@ -13,8 +13,8 @@ from vtok.errors import VtokError
 
 MODELS = ("nano-llava", "nano-qwen", "small-llava")
 RESAMPLERS = ("nano-llava-resampler", "nano-qwen-resampler")
-TOKENIZER = "nano-tokenizer"
-KNOWN = ", ".join((*MODELS, *RESAMPLERS, TOKENIZER))
+TOKENIZERS = ("nano-tokenizer", "nano-flow-tokenizer")
+KNOWN = ", ".join((*MODELS, *RESAMPLERS, *TOKENIZERS))
 
 
 def command(
@@ -54,10 +54,11 @@ def command(
         name = model.removesuffix("-resampler")
         steps: dict[str, Any] = {"seed": seed, "scale": scale, "workers": workers, "resume": resume}
         resampler.run(name, folder, source=source, device=place, start=start, **steps)
-    elif model == TOKENIZER:
+    elif model in TOKENIZERS:
         from vtok_eval.train import tokenizer
 
-        tokenizer.run(folder, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
+        name = model.removesuffix("-tokenizer")
+        tokenizer.run(name, folder, seed=seed, scale=scale, device=place, workers=workers, resume=resume)
     else:
         raise VtokError(f"there is no recipe for {model!r}; known are {KNOWN}")
     typer.echo(f"wrote {folder}")
