@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .backend import portable_asked
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def no_grad(function: Callable[P, R]) -> Callable[P, R]:

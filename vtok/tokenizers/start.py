@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import cast
 
 import torch
 from torch import nn
@@ -88,5 +89,5 @@ def _as_regression(flow: Flow, regress: Regress) -> None:
     flow.patch.bias.copy_(regress.query)
     for block in flow.blocks:
         # adaLN-zero's gates start at 0; the blocks of a regression have none, which is a gate of 1
-        gates = block.modulation.bias.unflatten(0, (flow.kinds, 6, -1))
+        gates = cast(nn.Linear, block.modulation).bias.unflatten(0, (flow.kinds, 6, -1))
         gates[:, :2] = 1.0

@@ -84,7 +84,7 @@ def write(
     notes = [(path, manifest.verify(path)) for path in exports]
     source = _one_model(notes)
     title = name or exports[0].absolute().name
-    records = [exported(path.absolute(), note) for path, note in notes]
+    records: Sequence[Mapping[str, Any]] = [exported(path.absolute(), note) for path, note in notes]
     if update:
         records = _updated(read(cards / title), source, records)
     facts = Facts(

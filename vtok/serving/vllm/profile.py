@@ -141,7 +141,7 @@ def command(
             seconds, lines = watched(server.process, server.port, chats, concurrency, new_tokens)
         rates[name] = count / seconds
         found += shares(name, counted(lines), seconds / count)
-    result = {"model": model.name, "settings": settings, "machine": machine(torch.device("cpu"))}
+    result: dict[str, Any] = {"model": model.name, "settings": settings, "machine": machine(torch.device("cpu"))}
     result |= {"concurrency": concurrency, "requests": count, "new_tokens": new_tokens, "text_share": text_share}
     result |= {"picture": size, "requests_per_second": rates, "shares": [asdict(share) for share in found]}
     if out is not None:
