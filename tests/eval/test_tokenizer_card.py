@@ -11,8 +11,10 @@ from PIL import Image
 from vtok.errors import VtokError
 from vtok.tokenizers import FlexTok, preset
 from vtok.tokenizers.data import find
-from vtok.tokenizers.train import Recipe, assess, train
+from vtok.tokenizers.metrics import psnr
+from vtok.tokenizers.train import Recipe, assess, train, views
 from vtok_eval.models import tokenizer_card
+from vtok_eval.models.tokenizers import folder
 from vtok_eval.train.tokenizer import halve_decoder
 
 CARDS = sorted((Path(__file__).parents[2] / "model_cards").glob("*-tokenizer"))
@@ -59,3 +61,15 @@ def test_a_decoder_in_half_precision_leaves_the_tokens_as_they_are(tmp_path: Pat
         old.decoder.read.weight[0, 0] = 1e6
     with pytest.raises(VtokError, match="half precision cannot hold"):
         halve_decoder(old.save_pretrained(tmp_path / "large"))
+
+
+def test_the_shipped_flow_reads_the_tokens_of_the_shipped_regression() -> None:
+    regress, flow = (FlexTok.from_pretrained(folder(name)) for name in ("nano", "nano-flow"))
+    images, _ = views(find("scenes", "held-out", seed=0), 64, 16)
+    tokens = regress.encode(images[0])
+    assert torch.equal(flow.encode(images[0]), tokens)
+    drawn = flow.decode(tokens)
+    # a sample of its own tokens is nearer to the picture than one of the next picture's
+    assert psnr(drawn, images[0]).mean() > psnr(flow.decode(tokens.roll(1, 0)), images[0]).mean() + 3
+    sharp, blurred = (x.diff(dim=-1).abs().mean() for x in (drawn, regress.decode(tokens)))
+    assert sharp > blurred
