@@ -16,6 +16,13 @@ SAMPLERS = ("uniform", "pow2", "uniform_pow2", "mix", "none")
 SCHEMES = ("quadtree", "haar")
 PREDICTS = ("signal", "velocity")
 
+#: fields that only the decoder and its training read; all others decide which tokens a picture has
+DECODING = {
+    *("decoder", "decoder_width", "decoder_depth", "sampler", "null_rate", "guidance", "predicts", "time_scale"),
+    *("time_shift", "repa", "repa_block", "repa_weight", "hierarchy", "halting", "halting_weight"),
+    "quantiser_weight",
+}
+
 #: quantiser -> weight of its loss: TiTok's, TiTok-VAE's; Instella-T2I's is unknown
 _WEIGHTS = {"vq": 0.25, "kl": 1e-6, "binary": 0.1}
 
@@ -170,6 +177,12 @@ class TokenizerConfig:
     def grid(self) -> int:
         """Patches a side."""
         return self.signal_size // self.patch
+
+    def deciding(self) -> dict[str, Any]:
+        """Fields that decide which tokens a picture has, where they are not the defaults."""
+        fields = dataclasses.fields(self)
+        own = {field.name: getattr(self, field.name) for field in fields if field.name not in DECODING}
+        return {field.name: own[field.name] for field in fields if own.get(field.name, field.default) != field.default}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -10,15 +10,9 @@ import torch
 from torch import nn
 
 from vtok.errors import VtokError
-from vtok.tokenizers.config import TokenizerConfig
+from vtok.tokenizers.config import DECODING, TokenizerConfig
 from vtok.tokenizers.decoders import Decoder, Flow, Regress
 from vtok.tokenizers.flextok import FlexTok
-
-#: fields that only the decoder and its training read; all others decide which tokens a picture has
-DECODING = {
-    *("decoder", "decoder_width", "decoder_depth", "sampler", "null_rate", "guidance", "predicts", "time_scale"),
-    *("time_shift", "repa", "repa_block", "repa_weight", "hierarchy", "halting", "halting_weight"),
-}
 
 
 def check(config: TokenizerConfig, trained: TokenizerConfig) -> None:

@@ -48,9 +48,10 @@ class Tokens:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """The same for the same weights, other for any others."""
+    """The same for tokenizers with the same tokens, whatever their decoders; other for any others."""
     weight = tokenizer.to_tokens.weight.detach().cpu().float().numpy().tobytes()
-    return hashlib.sha256(tokenizer.config.to_json().encode() + weight).hexdigest()[:16]
+    fields = json.dumps(tokenizer.config.deciding(), sort_keys=True)
+    return hashlib.sha256(fields.encode() + weight).hexdigest()[:16]
 
 
 def write(path: str | Path, tokens: Tokens, bridge: TokenBridge | None = None) -> int:

@@ -91,6 +91,9 @@ def test_another_decoder_for_the_same_tokens(trained: tuple[Path, Any], pictures
     old, new = (FlexTok.from_pretrained(folder / "tokenizer") for folder in (out, tmp_path / "flow"))
     images = torch.rand(2, 3, 32, 32)
     assert new.config.decoder == "flow" and torch.equal(new.encode(images), old.encode(images))
+    run("encode", out, pictures, "--limit", 2, "--out", tmp_path / "tokens.safetensors")
+    run("decode", tmp_path / "flow", tmp_path / "tokens.safetensors", "--steps", 2, "--out", tmp_path / "drawn")
+    assert len(list((tmp_path / "drawn").iterdir())) == 2
     assert "leave one of them out" in refused("train", *given, "--preset", "test", "--out", tmp_path / "both")
     assert "tokens is 4 here and 8 there" in refused("train", *given, "-o", "tokens=4", "--out", tmp_path / "other")
 

@@ -11,8 +11,9 @@ import torch
 from tests.vtok.tokenizers.test_train import blobs
 from vtok.errors import VtokError
 from vtok.tokenizers import FlexTok, preset
+from vtok.tokenizers.config import DECODING
 from vtok.tokenizers.data import Pictures
-from vtok.tokenizers.start import DECODING, begin, fingerprint
+from vtok.tokenizers.start import begin, fingerprint
 from vtok.tokenizers.train import Recipe, train
 
 PICTURES = Pictures("blobs", blobs)
@@ -87,3 +88,10 @@ def test_other_tokens_are_refused(changes: dict, tmp_path: Path) -> None:
 
 def test_decoding_fields_exist() -> None:
     assert {field.name for field in dataclasses.fields(preset("test"))} >= DECODING
+
+
+def test_a_default_decides_nothing_new() -> None:
+    """Files of tokens stay readable when a later version has one option more."""
+    assert preset("nano").deciding() == {}
+    assert preset("test", decoder="flow", tokens=16).deciding() == preset("test", tokens=16).deciding()
+    assert preset("test", levels=(5, 5)).deciding().keys() == preset("test").deciding().keys() | {"levels"}
