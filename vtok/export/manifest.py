@@ -42,6 +42,8 @@ class Parity:
     shared_with_itself : float or None
         The same share of the model and the model with pixels that differ in their last bit: where choices hang on
         that, no other runtime can make the same ones. Measured only where fewer were shared than is asked for.
+    answers_equal_to_itself : int or None
+        Greedy answers that are then the same.
     max_logit_difference : float
         Largest absolute difference of the logits of the first new token, over samples with the same tokens kept.
     logit_range : float
@@ -70,6 +72,7 @@ class Parity:
     rule: str = ""
     passed: bool = False
     shared_with_itself: float | None = None
+    answers_equal_to_itself: int | None = None
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,8 @@ def export(
         checked = checking()
         if arithmetic == "fp32" and parity.unsteady(checked):
             with _without_late(model, plan), progress("ask the model again", len(questions), bar) as advance:
-                again = answers.of_model(model, processor, questions, 1, advance, nudge=EPSILON)
-            checked = checking(itself=parity.share(reference, again))
+                again = answers.of_model(model, processor, questions, new_tokens, advance, nudge=EPSILON)
+            checked = checking(itself=again)
         parity.demand(checked, to)
         return dataclasses.replace(note, parity=checked).write(beside)
 

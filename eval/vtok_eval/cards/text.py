@@ -171,6 +171,14 @@ def _commands(facts: Facts) -> list[str]:
     return ["```\n" + "\n".join(lines) + "\n```"] if lines else []
 
 
+def _steadiness(parity: Mapping[str, Any]) -> str:
+    """What that does to answers, where it does anything."""
+    equal, itself, samples = (parity.get(key) for key in ("answers_equal", "answers_equal_to_itself", "samples"))
+    if itself is None or equal == samples:
+        return ""
+    return f" Of {samples} answers {itself} are then its own, and {equal} the export's."
+
+
 def _limits(facts: Facts, run: Run | None, settings: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [] if run is None else [_first(run, name, keep, entry) for name, keep, entry in _rows(run, settings)]
     lines = [line for line in lines if line]
@@ -184,6 +192,7 @@ def _limits(facts: Facts, run: Run | None, settings: Sequence[Mapping[str, Any]]
                 f"{label(export['compression'])} chooses between tokens that are all but equal: with pixels changed in "
                 f"their last bit, the model shares {percent(own)}% of its kept tokens with itself, "
                 f"with the {export['target']} export {percent(export['parity']['kept_shared'])}%."
+                + _steadiness(export["parity"])
             )
     if any(export["plan"] for export in facts.exports):
         lines.append("Graphs have a fixed budget and take pictures of one layout; there are no videos.")
