@@ -79,17 +79,13 @@ class _GramRows:
     """Cosines to one token after another, from one product of matrices."""
 
     def __init__(self, unit_x: Tensor) -> None:
-        self.gram, twin = _gram(unit_x), _twins(unit_x)
-        batch, n = twin.shape
-        # Twins take what the first of them has, row and column, once for all picks; none are seen on the CPU alone,
-        # since an accelerator would be waited for.
-        if _may_differ(twin, torch.arange(n, device=twin.device)):
-            whole = twin[:, None].expand(-1, n, -1)
-            self.gram = self.gram.gather(1, whole.transpose(1, 2)).gather(2, whole)
-        self.first_row = torch.arange(batch, device=twin.device) * n
+        self.gram, self.twin = _gram(unit_x), _twins(unit_x)
+        batch, n = self.twin.shape
+        self.first_row = torch.arange(batch, device=unit_x.device) * n
 
     def to(self, pick: Tensor) -> Tensor:
-        return self.gram.flatten(0, 1).index_select(0, self.first_row + pick)
+        row = self.first_row + self.twin.gather(1, pick[:, None]).squeeze(1)
+        return self.gram.flatten(0, 1).index_select(0, row).gather(1, self.twin)
 
     def nearest_other(self) -> Tensor:
         itself = self.gram.diagonal(dim1=1, dim2=2)
@@ -97,12 +93,7 @@ class _GramRows:
         itself.fill_(-torch.inf)
         highest = self.gram.amax(-1)
         itself.copy_(held)
-        return (1 - highest).clamp_min(0)
-
-
-def _may_differ(x: Tensor, y: Tensor) -> bool:
-    """Whether x is other than y, or would have to be waited for."""
-    return torch.compiler.is_compiling() or x.device.type != "cpu" or not bool((x == y).all())
+        return (1 - highest).clamp_min(0).gather(1, self.twin)
 
 
 def _cosines(unit_x: Tensor, k: int, every: bool = False) -> _Rows | _GramRows:
