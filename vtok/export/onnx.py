@@ -21,7 +21,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 OPSET = 20
 OPTIMISED = 5000
 """Nodes of a traced graph up to which onnxscript's optimiser looks through it. ToMe on nano-qwen, which merges windows
-of 30 kinds, has 10,000 nodes, and kept it busy for more than 20 minutes; ONNX Runtime optimises whatever it loads."""
+of 30 kinds, has 10,000 nodes, and kept it busy longer than all the rest; ONNX Runtime optimises whatever it loads."""
 LARGEST = 1_500_000_000
 """Bytes of weights above which they lie in a file of their own (``.onnx.data``): a protobuf ends at 2 GiB."""
 

@@ -85,14 +85,16 @@ def write(
     source = _one_model(notes)
     title = name or exports[0].absolute().name
     records: Sequence[Mapping[str, Any]] = [exported(path.absolute(), note) for path, note in notes]
-    if update:
-        records = _updated(read(cards / title), source, records)
+    before = read(cards / title) if update else None
+    if before is not None:
+        records = _updated(before, source, records)
+        licence = licence or before.licence
     facts = Facts(
         title,
         source,
         records,
         **_licence(str(source["name"]), licence),
-        about="" if about is None else about.read_text(encoding="utf-8").strip(),
+        about=(before.about if before else "") if about is None else about.read_text(encoding="utf-8").strip(),
     )
     settings = compressions(facts)
     if results is not None:

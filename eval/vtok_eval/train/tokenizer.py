@@ -20,7 +20,7 @@ from vtok_eval.models.tokenizers import folder
 RECIPES = {
     #: 0.48 s a step on one core of its own (two views of each scene: drawing is a quarter of it), so an hour
     "nano": Recipe(steps=7000, batch=32, rate=1e-3, warmup=200, views=2),
-    #: 0.6 s a step on one core of its own
+    #: by its card's log 1.0 s a step on a core with other load
     "nano-flow": Recipe(steps=5000, batch=32, rate=1e-3, views=2),
 }
 MEASURED = ("scenes", "photographs")

@@ -36,6 +36,18 @@ WIDTH = 100
 WORDS = ("what", "is", "in", "the", "picture", "how", "many", "red", "or", "blue", "things", "left", "of", "it")
 
 
+Model = Annotated[Path, typer.Argument(help="Folder with a model and its processor.")]
+MethodName = Annotated[str, typer.Option(help="What compresses it.")]
+Keep = Annotated[str, typer.Option(help="Visual tokens per image, such as 64, or a share, such as 0.25.")]
+Options = Annotated[str, typer.Option(help="The method's options as JSON, such as '{\"llm_layer\": null}'.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens of an answer.")]
+TextShare = Annotated[float, typer.Option(help="Share of requests without a picture.")]
+Size = Annotated[str, typer.Option(help="Width and height of the pictures in pixels.")]
+ServeOptions = Annotated[str, typer.Option(help="Further arguments of vllm serve, with spaces between.")]
+Out = Annotated[Path | None, typer.Option(help="Write everything as JSON.")]
+SERVED = "--dtype float32 --enforce-eager --max-model-len 2048"
+
+
 @dataclass(frozen=True)
 class Row:
     """One server at one concurrency. Seconds; ``prompt_tokens`` is the mean of requests with a picture."""
@@ -92,26 +104,29 @@ def row(server: str, concurrency: int, seconds: float, replies: Sequence[Reply],
     )
 
 
+def settings_of(method: str, keep: str, options: str) -> dict[str, Any]:
+    """What ``--hf-overrides`` takes, from the command line's words."""
+    return {"method": method, "keep": float(keep) if "." in keep else int(keep), "options": json.loads(options)}
+
+
 def command(
-    model: Annotated[Path, typer.Argument(help="Folder with a model and its processor.")],
-    method: Annotated[str, typer.Option(help="What compresses it.")] = "divprune",
-    keep: Annotated[str, typer.Option(help="Visual tokens per image, such as 64, or a share, such as 0.25.")] = "64",
-    options: Annotated[str, typer.Option(help="The method's options as JSON, such as '{\"llm_layer\": null}'.")] = "{}",
+    model: Model,
+    method: MethodName = "divprune",
+    keep: Keep = "64",
+    options: Options = "{}",
     concurrency: Annotated[str, typer.Option(help="Requests at a time, with commas between.")] = "1,8,16",
     count: Annotated[int, typer.Option("--requests", help="Requests of a round for each of them.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 1,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 8,
-    text_share: Annotated[float, typer.Option(help="Share of requests without a picture.")] = 0.25,
-    size: Annotated[str, typer.Option(help="Width and height of the pictures in pixels.")] = "448x448",
-    serve_options: Annotated[
-        str, typer.Option(help="Further arguments of vllm serve, with spaces between.")
-    ] = "--dtype float32 --enforce-eager --max-model-len 2048",
-    out: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
+    new_tokens: NewTokens = 8,
+    text_share: TextShare = 0.25,
+    size: Size = "448x448",
+    serve_options: ServeOptions = SERVED,
+    out: Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Requests per second and time to the first token, plain against compressed, in one run."""
     levels = [int(level) for level in concurrency.split(",")]
-    settings = {"method": method, "keep": float(keep) if "." in keep else int(keep), "options": json.loads(options)}
+    settings = settings_of(method, keep, options)
     width, height = (int(side) for side in size.split("x"))
     servers = {"plain": False, "compressed": settings}
     found: dict[tuple[str, int], tuple[float, list[Reply], list[bool]]] = {}

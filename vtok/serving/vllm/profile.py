@@ -28,7 +28,22 @@ from rich.table import Table
 from vtok.bench.measure import machine
 from vtok.cli import Single
 from vtok.errors import VtokError
-from vtok.serving.vllm.load import ask, requests
+from vtok.serving.vllm.load import (
+    SERVED,
+    WIDTH,
+    Keep,
+    MethodName,
+    Model,
+    NewTokens,
+    Options,
+    Out,
+    ServeOptions,
+    Size,
+    TextShare,
+    ask,
+    requests,
+    settings_of,
+)
 from vtok.serving.vllm.server import serve
 
 RATE = 25
@@ -113,22 +128,20 @@ def watched(
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Folder with a model and its processor.")],
-    method: Annotated[str, typer.Option(help="What compresses it.")] = "divprune",
-    keep: Annotated[str, typer.Option(help="Visual tokens per image, such as 64, or a share, such as 0.25.")] = "64",
-    options: Annotated[str, typer.Option(help="The method's options as JSON.")] = "{}",
+    model: Model,
+    method: MethodName = "divprune",
+    keep: Keep = "64",
+    options: Options = "{}",
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
     count: Annotated[int, typer.Option("--requests", help="Requests to each server.")] = 96,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 8,
-    text_share: Annotated[float, typer.Option(help="Share of requests without a picture.")] = 0.25,
-    size: Annotated[str, typer.Option(help="Width and height of the pictures in pixels.")] = "448x448",
-    serve_options: Annotated[
-        str, typer.Option(help="Further arguments of vllm serve, with spaces between.")
-    ] = "--dtype float32 --enforce-eager --max-model-len 2048",
-    out: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
+    new_tokens: NewTokens = 8,
+    text_share: TextShare = 0.25,
+    size: Size = "448x448",
+    serve_options: ServeOptions = SERVED,
+    out: Out = None,
 ) -> None:
     """Shares of the tower, selection, language model, pictures and the rest in the time of a request."""
-    settings = {"method": method, "keep": float(keep) if "." in keep else int(keep), "options": json.loads(options)}
+    settings = settings_of(method, keep, options)
     width, height = (int(side) for side in size.split("x"))
     found: list[Share] = []
     rates: dict[str, float] = {}
@@ -155,7 +168,7 @@ def show(found: Sequence[Share], rates: Mapping[str, float]) -> None:
     cells = {(share.server, share.part): f"{1000 * share.seconds:.1f} ({share.share:.0%})" for share in found}
     for part in dict.fromkeys(share.part for share in found):
         table.add_row(part, *(cells.get((name, part), "") for name in rates))
-    Console(width=100).print(table)
+    Console(width=WIDTH).print(table)
 
 
 if __name__ == "__main__":
