@@ -160,7 +160,7 @@ def matrices(run: Run, styles: Mapping[str, Style]) -> Html:
             body.append(tag("tr", cells, class_=entry.status if entry.status != "ok" else None))
         share = run.in_tokens(keep) / run.full if run.full else None
         title = f"{budget(keep)} tokens" if keep >= 1 else f"{budget(keep)} of the tokens"
-        extra = f" · {percent(share, 0)}% of {run.full:g}" if share and keep >= 1 and run.full else ""
+        extra = f" · {percent(share, 0)}% of {run.full:.0f}" if share and keep >= 1 and run.full else ""
         table = tag(
             "table",
             tag("caption", title, tag("span", extra)),
