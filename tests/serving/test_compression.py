@@ -19,6 +19,7 @@ SERVED = {
     "llava": ("divprune", "flowcut", "todre", "visionzip", "tome", "mctf", "uniform", "random", "flextok"),
     "llava_next": ("divprune", "flowcut", "todre", "visionzip", "tome", "mctf", "uniform", "random", "flextok"),
     "qwen2_5_vl": ("divprune", "todre", "uniform", "random", "flextok"),
+    "qwen3_vl": ("divprune", "todre", "uniform", "random", "flextok"),
 }
 OPTIONS = {"todre": {"decision": None}, "flowcut": {"llm_layer": None}}
 SIZES = ("image", "image:84x56", "image:42x70")
@@ -60,6 +61,35 @@ def test_tokens_are_those_that_transformers_keeps(family, method):
         served.session.remove()
         assert tokens.tolist() == report.kept[0][0].tolist()
         assert rows.shape == (len(tokens), model.config.text_config.hidden_size)
+
+
+@pytest.mark.parametrize("method", ["divprune", "flextok"])
+def test_planes_go_the_way_of_their_tokens(method):
+    """What Qwen3-VL adds after its first layers is, for every survivor, what transformers adds, too."""
+    model = build("qwen3_vl", layers=4)
+    batch = inputs("qwen3_vl", model, [[4, "image:84x56", 3, "image:42x70", 2, "image:84x56"]])
+    served = compression(model, method, 5)
+    vtok.compress(model, method, keep=5)
+    given = {}
+    seen = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: given.update(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**batch)
+    seen.remove()
+    where, planes = given["visual_pos_masks"], given["deepstack_visual_embeds"]
+    wanted = torch.cat([given["inputs_embeds"][where], *planes], 1)
+    served.attach(model_tower(vtok.restore(model)), None)
+    found = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+    pooled = [len(x) for x in found.pooler_output]
+    levels = [x.split(pooled) if isinstance(x, torch.Tensor) else x for x in found.deepstack_features]  # 5.17: joined
+    beside = [torch.cat(rows, 1) for rows in zip(found.pooler_output, *levels, strict=True)]
+    call = {**call_of("qwen3_vl", batch), "pixel_values": batch["pixel_values"]}
+    with torch.no_grad():
+        rows = [rows for rows, _ in served.encode("image", call, lambda: beside, wanted.shape[1] // 4)]
+    served.session.remove()
+    assert len(set(pooled)) == 2 and len(wanted) == 15 and len(planes) == 3
+    assert torch.allclose(torch.cat(rows), wanted, atol=1e-5)
 
 
 def model_tower(model):

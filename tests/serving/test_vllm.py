@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -29,6 +33,7 @@ CASES = [
     ("nano-llava", "flowcut", 64, {}),
     ("nano-next", "todre", 40, {"decision": None}),
     ("nano-qwen", "divprune", 64, {}),
+    ("nano-qwen3", "divprune", 40, {}),
 ]
 
 
@@ -69,12 +74,12 @@ def ask(port, request):
 def test_served_answers_are_those_of_transformers(kind, method, keep, options, tmp_path):
     folder = nano.folder(kind, tmp_path / kind)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
-    positions = "auto" if kind == "nano-qwen" else "reindex"
+    positions = "auto" if kind.startswith("nano-qwen") else "reindex"
     vtok.save(vtok.compress(model, method, keep=keep, positions=positions, **options), folder, weights=False)
     chats = [(TEXTS[i % len(TEXTS)], None if i % 4 == 3 else picture(i)) for i in range(16)]
     wanted = transformers_answers(folder, chats)
     requests = [message(text, [] if image is None else [image]) for text, image in chats]
-    chunked = ["--max-num-batched-tokens", "512"] if kind == "nano-qwen" else []
+    chunked = ["--max-num-batched-tokens", "512"] if kind.startswith("nano-qwen") else []
     log = tmp_path / "server.log"
     with serve(folder, [*ARGUMENTS, *chunked], log=log) as server:
         alone = [ask(server.port, request) for request in requests[:4]]
@@ -85,6 +90,26 @@ def test_served_answers_are_those_of_transformers(kind, method, keep, options, t
             assert not reply.error, reply.error
             assert reply.prompt_tokens == length
             assert list(reply.tokens) == tokens
+
+
+@pytest.mark.parametrize("kind", ["nano-qwen", "nano-qwen3"])
+def test_videos_stay_whole(kind, tmp_path):
+    """Positions travel with the embeddings: with room for every token, or for a video alone, nothing changes."""
+    folder = nano.folder(kind, tmp_path / kind)
+
+    def answers(settings, batched):
+        command = [sys.executable, "-m", "tests.serving.videos", str(folder), str(batched)]
+        own = {**os.environ, "VTOK_VLLM": settings}
+        ran = subprocess.run(command, capture_output=True, text=True, env=own)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return json.loads(ran.stdout.strip().splitlines()[-1])
+
+    plain = answers("off", 2048)
+    assert len({tuple(tokens) for _, tokens in plain}) == len(plain)
+    assert answers('{"method": "divprune", "keep": 2000}', 64) == plain
+    short = answers('{"method": "divprune", "keep": 16}', 64)
+    assert short[2] == plain[2]
+    assert all(one[0] < other[0] for one, other in zip(short[:2], plain[:2], strict=True))
 
 
 def test_off_leaves_the_model_as_it_is(tmp_path, monkeypatch):

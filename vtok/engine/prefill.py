@@ -147,7 +147,7 @@ class Prefill:
             return
         where = where.to(segment.device)
         row = where.flatten().cumsum(0).view_as(where) - 1
-        planes = [self._pour(plane, row) for plane in planes]
+        planes = [self.pour(plane, row) for plane in planes]
         real = torch.ones_like(segment.index, dtype=torch.bool) if segment.mask is None else segment.mask
         visual = where.gather(1, segment.index) & real
         if self.decoder_stages and min(stage.layer or 0 for stage in self.decoder_stages) <= len(planes):
@@ -159,7 +159,7 @@ class Prefill:
             kwargs["visual_pos_masks"] = visual
             kwargs["deepstack_visual_embeds"] = [plane[kept.to(plane.device)] for plane in planes]
 
-    def _pour(self, plane: Tensor, row: Tensor) -> Tensor:
+    def pour(self, plane: Tensor, row: Tensor) -> Tensor:
         """A plane in which a token that is an average of others holds their average. ``row`` (B, L): a column's row of
         the plane."""
         for number, (tokens, kept, weights) in self.poured.items():

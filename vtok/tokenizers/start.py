@@ -34,7 +34,7 @@ def check(config: TokenizerConfig, trained: TokenizerConfig) -> None:
         )
 
 
-def fingerprint(tokenizer: FlexTok) -> str:
+def weights_digest(tokenizer: FlexTok) -> str:
     """Eight hex digits of the weights, so that a run knows what it began from."""
     digest = hashlib.sha256()
     for value in tokenizer.state_dict().values():

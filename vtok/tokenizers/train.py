@@ -19,7 +19,7 @@ from vtok.tokenizers.config import TokenizerConfig
 from vtok.tokenizers.data import Pictures, Views, view
 from vtok.tokenizers.flextok import FlexTok
 from vtok.tokenizers.pictures import reconstructions
-from vtok.tokenizers.start import begin, check, fingerprint
+from vtok.tokenizers.start import begin, check, weights_digest
 from vtok.training import Stage
 from vtok.training import train as run_stage
 
@@ -125,7 +125,7 @@ def train(
     if start is not None:
         check(config, start.config)
     settings: dict[str, Any] = {"config": asdict(config), "recipe": asdict(recipe), "data": pictures.name}
-    _settle(out, settings if start is None else settings | {"start": fingerprint(start)}, resume)
+    _settle(out, settings if start is None else settings | {"start": weights_digest(start)}, resume)
     torch.manual_seed(recipe.seed)
     tokenizer = FlexTok(config, vae=vae).to(device).train()
     learning = [tokenizer] if start is None else begin(tokenizer, start)

@@ -13,7 +13,7 @@ from vtok.errors import VtokError
 from vtok.tokenizers import FlexTok, preset
 from vtok.tokenizers.config import DECODING
 from vtok.tokenizers.data import Pictures
-from vtok.tokenizers.start import begin, fingerprint
+from vtok.tokenizers.start import begin, weights_digest
 from vtok.tokenizers.train import Recipe, train
 
 PICTURES = Pictures("blobs", blobs)
@@ -54,10 +54,10 @@ def test_a_flow_starts_as_the_regression_at_any_time(time: float) -> None:
     ],
 )
 def test_only_the_decoder_learns(there: dict, here: dict, tmp_path: Path) -> None:
-    old, before = trained(**there), fingerprint(trained(**there))
+    old, before = trained(**there), weights_digest(trained(**there))
     new = train(preset("test", **there | here), PICTURES, tmp_path, Recipe(steps=3, batch=2), start=old)
     assert torch.equal(new.encode(images()), old.encode(images()))
-    assert fingerprint(old) == before
+    assert weights_digest(old) == before
     for name in ("encoder", "to_tokens", "quantiser"):
         for key, value in getattr(new, name).state_dict().items():
             assert torch.equal(value, getattr(old, name).state_dict()[key]), key

@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "LlavaForConditionalGeneration": "vtok.serving.vllm.llava:CompressedLlava",
     "LlavaNextForConditionalGeneration": "vtok.serving.vllm.llava_next:CompressedLlavaNext",
     "Qwen2_5_VLForConditionalGeneration": "vtok.serving.vllm.qwen2_5_vl:CompressedQwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "vtok.serving.vllm.qwen3_vl:CompressedQwen3VL",
 }
 
 #: settings as JSON, a path to such a file or to a folder with ``vtok_config.json``, or ``off``

@@ -158,7 +158,7 @@ class Compression:
         return self.session.shape.has_cls and any("saliency" in stage.reads for stage in self.session.stages)
 
     def encode(
-        self, modality: str, call: Mapping[str, Any], features: Callable[[], Sequence[Tensor]]
+        self, modality: str, call: Mapping[str, Any], features: Callable[[], Sequence[Tensor]], width: int | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """What stands of every medium of a call.
 
@@ -166,6 +166,7 @@ class Compression:
             modality: ``"image"``.
             call: as ``get_image_features`` is given it, for all media.
             features: runs tower and projector; (length, D) of each medium, in placeholder order.
+            width: channels that methods see; behind them are DeepStack planes, which go the way of their tokens.
 
         Returns:
             Of each medium the embeddings (k, D) and their indices (k,) within the medium.
@@ -174,22 +175,34 @@ class Compression:
             VtokError: the count is not what ``tokens`` said.
         """
         media = self.adapter.media(modality, call)
+        planes: list[Tensor] = []
+
+        def seen() -> list[Tensor]:
+            found = features()
+            if width is not None:
+                planes.extend(x[:, width:] for x in found)
+            return [x[:, :width] for x in found]
+
         self.session.encoding = True
         try:
-            output, encoded = self.session.tower.encode(modality, call, media, features, (), {})
+            output, encoded = self.session.tower.encode(modality, call, media, seen, (), {})
         finally:
             self.session.encoding = False
-        kept: list[tuple[Tensor, Tensor]] = [(x, torch.empty(0)) for x in output]
+        rows = [torch.cat(both, 1) for both in zip(output, planes, strict=True)] if planes else list(output)
+        kept: list[tuple[Tensor, Tensor]] = [(x, torch.empty(0)) for x in rows]
         together: dict[tuple, list[int]] = {}
         for number, item in enumerate(encoded):
             together.setdefault((item.medium.length, item.count, item.medium.parts), []).append(number)
         for numbers in together.values():
-            rows = self._enter([encoded[number] for number in numbers], torch.stack([output[n] for n in numbers]))
-            for number, row in zip(numbers, rows, strict=True):
+            beside = torch.stack([planes[n] for n in numbers]) if planes else None
+            found = self._enter([encoded[n] for n in numbers], torch.stack([output[n] for n in numbers]), beside)
+            for number, row in zip(numbers, found, strict=True):
                 kept[number] = row
         return kept
 
-    def _enter(self, encoded: Sequence[Encoded], features: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _enter(
+        self, encoded: Sequence[Encoded], features: Tensor, planes: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
         """What the tower left, then the input stages, of media of one length: each is a prompt of its own here."""
         session = self.session
         length = features.shape[1]
@@ -203,7 +216,14 @@ class Compression:
         run.segments = [Segment.whole(None, len(spans), length, [columns] * len(spans), features.device)]
         features = run._select_inputs(features, run.segments[0], list(range(len(spans))))
         last = run.segments[-1]
-        return [(features[row][last.columns[row]], last.tokens[row]) for row in range(len(spans))]
+        rows = [features[row][last.columns[row]] for row in range(len(spans))]
+        if planes is not None:
+            places = torch.arange(planes.shape[0] * length, device=columns.device).view(-1, length)
+            poured = run.pour(planes.flatten(0, 1), places)
+            rows = [
+                torch.cat((x, poured[own[tokens]]), 1) for x, own, tokens in zip(rows, places, last.tokens, strict=True)
+            ]
+        return list(zip(rows, last.tokens, strict=True))
 
 
 def skeleton(config: Any) -> Any:

@@ -93,8 +93,8 @@ def place(
         where = media_columns[column : column + len(rows)]
         column += len(rows)
         if len(rows):
-            # text stands before every picture of a chat template: the vision start token
-            before = where[0] - ranks[0] - 1
+            # text stands before every picture of a chat template, and every frame of a video: the vision start token
+            before = where - ranks - 1
             start = torch.where(before >= 0, positions[0, before.clamp_min(0)] + 1, 0)
             positions[:, where] = relative.to(positions) + start
     return features, positions, int(positions.max()) + 1 - positions.shape[1]
