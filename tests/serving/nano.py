@@ -103,6 +103,8 @@ def _stir(model: Any, seed: int) -> None:
             weight.mul_(2)
         elif name.endswith("q_norm.weight"):  # Qwen3 gives every head's queries and keys one length
             weight.mul_(1.5)
+        elif name.endswith("linear_fc2.weight") and "merger" in name:  # what a picture adds, and its DeepStack planes
+            weight.mul_(10)
         elif name.endswith(("o_proj.weight", "down_proj.weight")) and "language_model" in name:
             weight.mul_(6)
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
