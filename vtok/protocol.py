@@ -67,6 +67,9 @@ class Blocks(Protocol):
     def project(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, H, N, d) of the block input ``x``, computed anew."""
 
+    def values(self, block: nn.Module, x: Tensor) -> Tensor:
+        """v alone, of a dense block."""
+
     def attend(self, block: nn.Module, x: Tensor, bias: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         """The attention branch of ``x`` without the residual; ``bias`` (B, 1, 1, N) is added to the logits."""
 

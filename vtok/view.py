@@ -181,7 +181,7 @@ class Fusion:
         match: (view, r) -> MergePlan over the patches; prefix tokens are never touched.
         where: ``"middle"`` (between attention and feed-forward) or ``"before"`` (before the attention).
         weights: view -> (G, n) pooling weights; ``None`` means sizes.
-        reuse_attention: ``"before"`` only: fuse the attention map itself and reuse it (MCTF) instead of recomputing.
+        reuse_attention: ``"before"`` only: fuse the attention of before the merge (MCTF) instead of recomputing it.
         proportional: attention counts a token as often as it stands for original tokens (log-size key bias).
     """
 

@@ -43,6 +43,9 @@ class ClipBlocks:
         x = self.norm1(block)(x)
         return self.split(block, [tap(x) for tap in self.taps(block)])
 
+    def values(self, block: Any, x: Tensor) -> Tensor:
+        return split_heads(self.taps(block)[2](self.norm1(block)(x)), self.heads(block))
+
     def attend(self, block: Any, x: Tensor, bias: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         return block.self_attn(hidden_states=block.layer_norm1(x), attention_mask=bias)[0]
 
@@ -104,6 +107,9 @@ class TimmBlocks:
     def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.split(block, [block.attn.qkv(block.norm1(x))])
 
+    def values(self, block: Any, x: Tensor) -> Tensor:
+        return self.project(block, x)[2]  # the projection is one module, which may be quantised
+
     def attend(self, block: Any, x: Tensor, bias: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         return block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias)))
 
@@ -134,6 +140,10 @@ class OpenClipBlocks:
     def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fused = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
         return self.split(block, fused.chunk(3, dim=-1))
+
+    def values(self, block: Any, x: Tensor) -> Tensor:
+        weight, bias = (part.chunk(3)[2] for part in (block.attn.in_proj_weight, block.attn.in_proj_bias))
+        return split_heads(F.linear(block.ln_1(x), weight, bias), block.attn.num_heads)
 
     def attend(self, block: Any, x: Tensor, bias: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         # MultiheadAttention wants a (B * H, N, N) mask; SDPA takes the (B, 1, 1, N) key bias as it is

@@ -21,7 +21,7 @@ from .match import (
     merge_limit,
     strided_merge,
 )
-from .merge import MergePlan, merge_attention, merge_mean, merge_sum, merge_tokens
+from .merge import MergePlan, merge_attention, merge_mean, merge_sum, merge_tokens, reuse_attention
 from .packed import load_xformers, packed_attention
 from .select import keep_mask, random, topk, uniform, uniform_grid
 from .transition import transition
@@ -56,6 +56,7 @@ __all__ = [
     "ranking",
     "received_attention",
     "register",
+    "reuse_attention",
     "scatter_tokens",
     "strided_merge",
     "topk",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ._common import check_shape, check_tokens, score_dtype
 from .backend import operator
@@ -240,3 +241,55 @@ def merge_attention(plan: MergePlan, attn: Tensor, weights: Tensor | None = None
     check_shape("attn", attn, (plan.dst.shape[0], attn.shape[1], n, n))
     rows = plan.merge(attn.transpose(1, 2), weights)  # (B, n_out, H, N)
     return plan.sum(rows.permute(0, 3, 2, 1)).permute(0, 2, 3, 1)
+
+
+def reuse_attention(
+    plan: MergePlan,
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attend to merged values by the attention of the tokens as they were, fused by the plan (MCTF).
+
+    ``merge_attention(plan, A, weights) @ values`` with ``A = softmax(scale * q k^T + bias)``, from the right: values go
+    back to all tokens, attention runs on these, and its rows are averaged. So no map is held, and attention may be any
+    fused kernel.
+
+    Parameters
+    ----------
+    plan : MergePlan
+        Of N tokens, none dropped.
+    q, k : (B, H, N, d)
+        Projections of the tokens before the merge.
+    values : (B, H, n_out, d)
+        Of the merged tokens.
+    scale : float
+        Factor on q.k.
+    weights : (B, N) or (B, N, 1), optional
+        Weights of the row average.
+    bias : broadcastable to (B, H, N, N), optional
+        Added to the logits.
+
+    Returns
+    -------
+    (B, H, n_out, d)
+        Differentiable.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    """
+    check_tokens("q", q, 4, "(B, H, N, d)")
+    batch, heads, n, width = q.shape
+    check_shape("plan", plan.dst, (batch, n))
+    check_shape("k", k, (batch, heads, n, width))
+    check_shape("values", values, (batch, heads, plan.n_out, values.shape[-1]))
+    spread = plan.unmerge(values.transpose(1, 2)).transpose(1, 2)
+    mask = None if bias is None else bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, spread.to(q.dtype), attn_mask=mask, scale=scale)
+    return plan.merge(out.transpose(1, 2), weights).transpose(1, 2)

@@ -107,6 +107,9 @@ def calls(device="cpu"):
         "strided_merge": lambda: vk.strided_merge(x, 3),
         "MergePlan": lambda: vk.MergePlan(dst, 2).then(vk.MergePlan.from_kept(dst[:, :1] * 0, 2)).amax(x),
         "merge_attention": lambda: vk.merge_attention(vk.MergePlan(dst, 2), attn, sizes),
+        "reuse_attention": lambda: vk.reuse_attention(
+            vk.MergePlan(dst, 2), heads, heads, heads[:, :, :2], scale=0.5, weights=sizes, bias=rows[:, None, None]
+        ),
         "uniform": lambda: vk.uniform(9, 4, device),
         "uniform_grid": lambda: vk.uniform_grid(4, 4, 5, device),
         "packed_attention": lambda: vk.packed_attention(

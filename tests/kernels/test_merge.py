@@ -169,6 +169,23 @@ def test_merge_attention_sums_columns_and_averages_rows():
                 torch.testing.assert_close(fused[b, :, i, j], expected)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_reused_attention_is_that_of_the_fused_map(masked):
+    torch.manual_seed(1)
+    plan = random_plan(2, 7, 4, drop=False)
+    batch = plan.dst.shape[0]
+    q, k = torch.randn(2, batch, 3, 7, 5, dtype=torch.float64)
+    values = torch.randn(batch, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(batch, 7, dtype=torch.float64)
+    bias = torch.randn(batch, 1, 1, 7, dtype=torch.float64) if masked else None
+    logits = 0.3 * q @ k.transpose(-1, -2) + (0 if bias is None else bias)
+    expected = vk.merge_attention(plan, logits.softmax(-1), weights) @ values
+    found = vk.reuse_attention(plan, q, k, values, scale=0.3, weights=weights, bias=bias)
+    torch.testing.assert_close(found, expected)
+    (ours,), (theirs,) = (torch.autograd.grad(x.square().sum(), values) for x in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -182,6 +199,8 @@ def test_merge_attention_sums_columns_and_averages_rows():
         (lambda p: p.unmerge(torch.zeros(1, 3)), "2 slots"),
         (lambda p: p.then(p), "first one's output"),
         (lambda p: vk.merge_attention(p, torch.zeros(1, 1, 2, 3)), "attn has shape"),
+        (lambda p: vk.reuse_attention(p, *torch.zeros(2, 1, 1, 4, 2), torch.zeros(1, 1, 2, 2), scale=1.0), "plan has"),
+        (lambda p: vk.reuse_attention(p, *torch.zeros(3, 1, 1, 3, 2), scale=1.0), "values has shape"),
     ],
 )
 def test_bad_arguments_are_explained(call, sentence):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vtok_kernels as kernels
 from vtok.engine.tiles import TileState
-from vtok.engine.towers import merge_goal, received, softmax
+from vtok.engine.towers import merge_goal, received
 from vtok.errors import VtokError
 from vtok.view import Stage, TowerView
 
@@ -33,30 +33,36 @@ class DenseFusing:
         block, blocks = self.spec.layers[number], self.spec.blocks
         if fuse.where == "middle":
             x = x + blocks.attend(block, x, self._key_mask(state, x), kwargs)
-            x, _ = self._merge(stage, number, x, state, None)
+            x, _ = self._merge(stage, number, x, state)
             return x + blocks.feed(block, x)
         bias = self._key_mask(state, x)
         q, k, v = blocks.project(block, x)
-        attention = softmax(q, k, blocks.scale(block), bias) if fuse.reuse_attention else None
-        state.taps[number] = [q, k, v] if attention is None else [q, k, v, attention]
-        x, attention = self._merge(stage, number, x, state, attention)
-        if attention is None:
-            x = x + blocks.attend(block, x, self._key_mask(state, x), kwargs)
+        state.taps[number] = [q, k, v]
+        x, plans = self._merge(stage, number, x, state)
+        if fuse.reuse_attention:
+            values = blocks.values(block, x)
+            heads = values.new_zeros(values.shape)
+            for rows, plan, weights in plans:
+                own_q, own_k = (part[rows][:, :, : plan.dst.shape[1]] for part in (q, k))
+                own_bias = None if bias is None else bias[rows][..., : plan.dst.shape[1]]
+                heads[rows, :, : plan.n_out] = kernels.reuse_attention(
+                    plan, own_q, own_k, values[rows][:, :, : plan.n_out], scale=blocks.scale(block),
+                    weights=weights, bias=own_bias,
+                )  # fmt: skip
+            x = x + blocks.output(block, heads)
         else:
-            values = blocks.project(block, x)[2]
-            x = x + blocks.output(block, attention.to(values.dtype) @ values)
+            x = x + blocks.attend(block, x, self._key_mask(state, x), kwargs)
         return x + blocks.feed(block, x)
 
-    def _merge(
-        self, stage: Stage, number: int, x: Tensor, state: TileState, attention: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Merge every group of tiles by its own plan; tiles that end up shorter are padded at the end."""
+    def _merge(self, stage: Stage, number: int, x: Tensor, state: TileState) -> tuple[Tensor, list[tuple]]:
+        """Merge every group of tiles by its own plan; tiles that end up shorter are padded at the end. Beside the
+        tokens: rows, plan and weights of each group."""
         assert stage.fuse is not None
         later = [other for other in self.fusions if (other.layer or 0) >= number]
         prefix = self.spec.prefix
         if state.sizes is None:
             state.sizes = torch.ones(state.tokens.shape, device=x.device)
-        parts: dict[int, tuple] = {}
+        parts: list[tuple] = []
         for count, target, rows in state.groups():
             r = count - merge_goal(count, target, len(later), self.compat)
             view = self._fusion_view(number, x, state, count, target, rows)
@@ -66,12 +72,8 @@ class DenseFusing:
             sizes = torch.cat((torch.ones(len(rows), prefix, device=x.device), state.sizes[rows][:, :count]), 1)
             weights = sizes if stage.fuse.weights is None else stage.fuse.weights(view)
             (merged,), (summed,) = plan.pour([view.features], [sizes], weights.to(view.features.dtype))
-            fused = None
-            if attention is not None:
-                own = attention[rows][:, :, : prefix + count, : prefix + count]
-                fused = kernels.merge_attention(plan, own, weights)
-            parts[rows[0]] = (rows, plan, merged, summed, fused)
-        return self._rebuild(number, x, state, parts, attention)
+            parts.append((rows, plan, merged, summed, weights))
+        return self._rebuild(number, x, state, parts), [(rows, plan, weights) for rows, plan, *_, weights in parts]
 
     def unreachable(self, target: int, total: int) -> VtokError:
         """The refusal of a budget that so few merges do not reach."""
@@ -81,21 +83,16 @@ class DenseFusing:
             f"{target} of {total} tokens of a tile; ask for at least {least}, or give it more layers="
         )
 
-    def _rebuild(
-        self, number: int, x: Tensor, state: TileState, parts: dict[int, tuple], attention: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _rebuild(self, number: int, x: Tensor, state: TileState, parts: list[tuple]) -> Tensor:
         prefix = self.spec.prefix
-        width = max(plan.n_out for _, plan, *_ in parts.values())
+        width = max(plan.n_out for _, plan, *_ in parts)
         tiles = len(state.counts)
         out = x.new_zeros(tiles, width, x.shape[2])
         sizes = torch.ones(tiles, width, device=x.device)
         tokens = torch.zeros(tiles, width - prefix, dtype=torch.long, device=x.device)
         dst, counts = state.dst.clone(), list(state.counts)
-        maps = None if attention is None else attention.new_zeros(*attention.shape[:2], width, width)
-        for rows, plan, merged, size, fused in parts.values():
+        for rows, plan, merged, size, _ in parts:
             out[rows, : plan.n_out], sizes[rows, : plan.n_out] = merged, size.to(sizes.dtype)
-            if maps is not None:
-                maps[rows, :, : plan.n_out, : plan.n_out] = fused
             keeper = plan.representative[:, prefix:] - prefix
             own = state.tokens[rows]
             tokens[rows, : plan.n_out - prefix] = own.gather(1, keeper)
@@ -111,7 +108,7 @@ class DenseFusing:
         state.counts, state.tokens, state.sizes, state.dst = counts, tokens, sizes[:, prefix:], dst
         state.merged, state.carry = True, None
         state.stages.append((number, state.kept()))
-        return out, maps
+        return out
 
     def _fusion_view(
         self, number: int, x: Tensor, state: TileState, count: int, target: int, rows: list[int]
@@ -122,12 +119,8 @@ class DenseFusing:
         if len(taps) >= 3 and taps[0].ndim == 4:
             q, k, v = (tap[rows][:, :, : self.spec.prefix + count] for tap in taps[:3])
             bias = self._key_mask(state, x)
-            if len(taps) == 4:
-                own = taps[3][rows][:, :, : self.spec.prefix + count, : self.spec.prefix + count]
-                mass = own.mean((1, 2))
-            else:
-                own_bias = None if bias is None else bias[rows][:, 0, 0, : self.spec.prefix + count]
-                mass = received(q, k, self.spec.blocks.scale(self.spec.layers[number]), own_bias)
+            own_bias = None if bias is None else bias[rows][:, 0, 0, : self.spec.prefix + count]
+            mass = received(q, k, self.spec.blocks.scale(self.spec.layers[number]), own_bias)
             view = self._view(number, x, state, count, target, rows, prefix=True, block=-1)
             view.q, view.k, view.v = q, k, v
         else:

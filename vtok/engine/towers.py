@@ -131,12 +131,6 @@ def segment_goals(goal: int, lengths: Sequence[int]) -> list[int]:
     return [max(own, length - length // 2) for own, length in zip(share, lengths, strict=True)]
 
 
-def softmax(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """The attention map that MCTF fuses: (B, H, N, N), fp32."""
-    logits = q.float() @ k.float().transpose(-1, -2) * scale
-    return (logits if bias is None else logits + bias.float()).softmax(-1)
-
-
 def received(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """Attention that each token receives, blocked; a key bias travels in one more channel of q and k."""
     if bias is not None:

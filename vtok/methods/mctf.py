@@ -25,9 +25,8 @@ class MCTF(Method):
         layers: blocks that merge; default as for ToMe.
         tau: temperatures of similarity, informativeness and size (released values).
         two_way: match in both directions.
-        reuse_attention: fuse this block's attention map and use it again (the paper's one-step-ahead attention, which
-            holds an N x N map); False recomputes attention on the merged tokens, which keeps SDPA. Qwen towers always
-            recompute.
+        reuse_attention: fuse this block's attention and use it again (the paper's one-step-ahead attention, here
+            without its N x N map); False recomputes attention on the merged tokens. Qwen towers always recompute.
         compat: merge in every block but the first by the same number, as released.
     """
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import vtok_kernels as kernels
-from vtok.engine.towers import merge_goal, received, softmax
+from vtok.engine.towers import merge_goal, received
 from vtok.export.vision.run import Run
 from vtok.view import Stage
 
@@ -20,29 +20,27 @@ def block(graph: Any, stage: Stage, number: int, run: Run) -> Run:
     assert fuse is not None
     if fuse.where == "middle":
         run.x = run.x + graph.attend(number, run)
-        run, _ = _merge(graph, stage, number, run, None, None)
+        run, *_ = _merge(graph, stage, number, run, None)
         run.x = run.x + blocks.feed(layer, run.x)
         return run
     bias = run.key_bias(graph.sized)
     run.projections = q, k, _ = blocks.project(layer, run.x)
+    mass = received(q, k, blocks.scale(layer), None if bias is None else bias[:, 0, 0])
+    run, plan, weights = _merge(graph, stage, number, run, mass)
     if fuse.reuse_attention:
-        attention = softmax(q, k, blocks.scale(layer), bias)
-        run, fused = _merge(graph, stage, number, run, attention, attention.mean((1, 2)))
-        assert fused is not None
-        values = blocks.project(layer, run.x)[2]
-        run.x = run.x + blocks.output(layer, fused.to(values.dtype) @ values)
+        values = blocks.values(layer, run.x)
+        heads = kernels.reuse_attention(plan, q, k, values, scale=blocks.scale(layer), weights=weights, bias=bias)
+        run.x = run.x + blocks.output(layer, heads)
     else:
-        mass = received(q, k, blocks.scale(layer), None if bias is None else bias[:, 0, 0])
-        run, _ = _merge(graph, stage, number, run, None, mass)
         run.x = run.x + graph.attend(number, run)
     run.x = run.x + blocks.feed(layer, run.x)
     return run
 
 
 def _merge(
-    graph: Any, stage: Stage, number: int, run: Run, attention: Tensor | None, mass: Tensor | None
-) -> tuple[Run, Tensor | None]:
-    """The run after one merge, and the attention map that it fused."""
+    graph: Any, stage: Stage, number: int, run: Run, mass: Tensor | None
+) -> tuple[Run, kernels.MergePlan, Tensor]:
+    """The run after one merge, its plan and the weights of its means."""
     fuse, prefix = stage.fuse, run.prefix
     assert fuse is not None
     later = sum((other.layer or 0) >= number for other in graph.inside.fusions)
@@ -58,7 +56,6 @@ def _merge(
     sizes = torch.cat((torch.ones_like(run.sizes[:, :1]).expand(-1, prefix), run.sizes), 1)
     weights = sizes if fuse.weights is None else fuse.weights(view)
     (merged,), (summed,) = plan.pour([run.x], [sizes], weights.to(run.x.dtype))
-    fused = None if attention is None else kernels.merge_attention(plan, attention, weights)
     keeper = plan.representative[:, prefix:] - prefix
     after = Run(merged, run.tokens.gather(1, keeper), prefix, run.target, sizes=summed[:, prefix:], alike=False)
-    return after, fused
+    return after, plan, weights

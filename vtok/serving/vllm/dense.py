@@ -33,6 +33,9 @@ class FusedBlocks:
     def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.split(block, [block.self_attn.qkv_proj(block.layer_norm1(x))[0]])
 
+    def values(self, block: Any, x: Tensor) -> Tensor:
+        return self.project(block, x)[2]
+
     def attend(self, block: Any, x: Tensor, bias: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         if bias is None:
             return block.self_attn(hidden_states=block.layer_norm1(x))[0]
