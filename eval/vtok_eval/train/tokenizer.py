@@ -18,9 +18,9 @@ from vtok.tokenizers.train import FINISHED, Recipe, assess, train
 from vtok_eval.models.tokenizers import folder
 
 RECIPES = {
-    #: 0.48 s a step on one core of its own (two views of each scene: drawing is a quarter of it), so an hour
+    #: by its card's log 0.6 s a step on a core with other load (two views of each scene: drawing is a quarter of it)
     "nano": Recipe(steps=7000, batch=32, rate=1e-3, warmup=200, views=2),
-    #: by its card's log 1.0 s a step on a core with other load
+    #: by its card's log 0.45 s a step on a core of its own
     "nano-flow": Recipe(steps=5000, batch=32, rate=1e-3, views=2),
 }
 MEASURED = ("scenes", "photographs")
