@@ -1,6 +1,6 @@
 """Which tokens to merge: bipartite soft matching (ToMe, MCTF) and VisionZip's strided targets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -188,6 +188,49 @@ def _check_match(batch: int, n: int, r: int, protected: Tensor | int | None, two
     return min(r, merge_limit(n, protected, two_way=two_way))
 
 
+_LARGEST_SCORES = 2**20
+"""Scores of an item that are alive at once: 4 MiB in fp32, N = 2,048. Beyond, blocks of rows, twice for two ways."""
+
+
+def _match_blocks(
+    metric: Tensor,
+    r: int,
+    protected: Tensor | int | None,
+    two_way: bool,
+    bias: Tensor | None,
+    temperature: float | None,
+) -> MergePlan:
+    """`match_tokens` in memory that is linear in N."""
+    unit_x = unit(metric)
+    batch, n, _ = unit_x.shape
+    a, b = unit_x[:, ::2], unit_x[:, 1::2]
+    add = unit_x.new_zeros(batch, n) if bias is None else bias.to(unit_x.dtype)
+    if isinstance(protected, Tensor):
+        add = add.masked_fill(protected.reshape(-1, n).to(add.device, non_blocking=True), -torch.inf)
+    elif protected:
+        add = add.clone()
+        add[:, :protected] = -torch.inf
+    size = max(1, _LARGEST_SCORES // b.shape[1])
+
+    def blocks(add_a: Tensor) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, a.shape[1], size):
+            part = _biased(a[:, start : start + size] @ b.transpose(1, 2), None, temperature)
+            yield start, part.add_(add_a[:, start : start + size, None]).add_(add[:, None, 1::2])
+
+    def backward(gone: Tensor) -> Best:
+        value = add.new_full((batch, b.shape[1]), -torch.inf)
+        partner = torch.zeros(value.shape, dtype=torch.long, device=add.device)
+        for start, scores in blocks(add[:, ::2].masked_fill(gone, -torch.inf)):
+            high, place = _best(scores, 1)
+            partner = torch.where(high > value, place + start, partner)  # the first among equals
+            value = torch.maximum(high, value)
+        return value, partner
+
+    rows = [_best(scores, 2) for _, scores in blocks(add[:, ::2])]
+    forward = torch.cat([value for value, _ in rows], 1), torch.cat([partner for _, partner in rows], 1)
+    return pour_best(n, r, forward, backward if two_way else None)
+
+
 def _match(scores: Tensor, r: int, protected: Tensor | int | None, two_way: bool) -> MergePlan:
     """`bipartite_match` by scores that are its own: it writes into them."""
     n = scores.shape[1] + scores.shape[2]
@@ -262,7 +305,7 @@ def match_tokens(
     bias: Tensor | None = None,
     temperature: float | None = None,
 ) -> MergePlan:
-    """`bipartite_match` by cosine from the tokens themselves: fused versions never hold the N/2 x N/2 scores.
+    """`bipartite_match` by cosine from the tokens themselves: the N/2 x N/2 scores of many tokens are never held.
 
     Parameters
     ----------
@@ -289,6 +332,8 @@ def match_tokens(
     r = check_tokens_match(metric, r, protected, two_way, bias, temperature)
     if r == 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
+    if ((metric.shape[1] + 1) // 2) * (metric.shape[1] // 2) > _LARGEST_SCORES:
+        return _match_blocks(metric, r, protected, two_way, bias, temperature)
     return _match(_biased(cosine_scores(metric), bias, temperature), r, protected, two_way)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vtok_kernels as vk
+from vtok_kernels import match
 
 few = settings(max_examples=40, deadline=None)
 
@@ -135,6 +136,23 @@ def test_matching_tokens_is_matching_by_their_scores(two_way):
         assert torch.equal(one.dst, other.dst)
         assert torch.equal(one.representative, other.representative)
     assert vk.match_tokens(x, 0).n_out == 11
+
+
+@pytest.mark.parametrize("n", [12, 13])
+@pytest.mark.parametrize("two_way", [False, True])
+@pytest.mark.parametrize("protected", [None, 1, torch.arange(13) % 5 == 0])
+@pytest.mark.parametrize("criteria", [False, True])
+def test_blocks_of_rows_match_as_the_whole_does(n, two_way, protected, criteria, monkeypatch):
+    x = torch.randn(3, n, 6, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    x[:, 4] = x[:, 2]  # of equal sources and destinations the first
+    x[:, 7] = x[:, 3]
+    more = {"bias": vk.mctf_bias(x[..., 0].abs(), x[..., 1].abs()), "temperature": 2.0} if criteria else {}
+    fixed = protected[:n] if isinstance(protected, torch.Tensor) else protected
+    whole = vk.match_tokens(x, 4, protected=fixed, two_way=two_way, **more)
+    monkeypatch.setattr(match, "_LARGEST_SCORES", 13)
+    blocks = vk.match_tokens(x, 4, protected=fixed, two_way=two_way, **more)
+    assert torch.equal(blocks.dst, whole.dst) and blocks.n_out == whole.n_out
+    assert torch.equal(blocks.representative, whole.representative)
 
 
 @pytest.mark.parametrize("two_way", [False, True])
