@@ -192,24 +192,21 @@ _LARGEST_SCORES = 2**20
 """Scores of an item that are alive at once: 4 MiB in fp32, N = 2,048. Beyond, blocks of rows, twice for two ways."""
 
 
-def _match_blocks(
-    metric: Tensor,
-    r: int,
-    protected: Tensor | int | None,
-    two_way: bool,
-    bias: Tensor | None,
-    temperature: float | None,
-) -> MergePlan:
-    """`match_tokens` in memory that is linear in N."""
-    unit_x = unit(metric)
+def _added(unit_x: Tensor, bias: Tensor | None, protected: Tensor | int | None) -> Tensor:
+    """(B, N) what is added to every score of a token: its bias, -inf where it is protected."""
+    batch, n, _ = unit_x.shape
+    add = unit_x.new_zeros(batch, n) if bias is None else bias.to(unit_x.dtype)
+    if protected is None:
+        return add
+    if not isinstance(protected, Tensor):
+        protected = torch.arange(n, device=add.device) < protected
+    return add.masked_fill(protected.reshape(-1, n).to(add.device, non_blocking=True), -torch.inf)
+
+
+def _match_blocks(unit_x: Tensor, r: int, add: Tensor, two_way: bool, temperature: float | None) -> MergePlan:
+    """`match_tokens` of unit rows in memory that is linear in N; ``add`` as of `_added`."""
     batch, n, _ = unit_x.shape
     a, b = unit_x[:, ::2], unit_x[:, 1::2]
-    add = unit_x.new_zeros(batch, n) if bias is None else bias.to(unit_x.dtype)
-    if isinstance(protected, Tensor):
-        add = add.masked_fill(protected.reshape(-1, n).to(add.device, non_blocking=True), -torch.inf)
-    elif protected:
-        add = add.clone()
-        add[:, :protected] = -torch.inf
     size = max(1, _LARGEST_SCORES // b.shape[1])
 
     def blocks(add_a: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -333,7 +330,8 @@ def match_tokens(
     if r == 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
     if ((metric.shape[1] + 1) // 2) * (metric.shape[1] // 2) > _LARGEST_SCORES:
-        return _match_blocks(metric, r, protected, two_way, bias, temperature)
+        unit_x = unit(metric)
+        return _match_blocks(unit_x, r, _added(unit_x, bias, protected), two_way, temperature)
     return _match(_biased(cosine_scores(metric), bias, temperature), r, protected, two_way)
 
 

@@ -5,6 +5,7 @@ Each class stands before one of vLLM's own among the bases of a served class.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -131,9 +132,9 @@ class Served(Base):
 
     # -- positions ----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def runs(self, input_tokens: list[int], mm_features: list[Any]) -> list[positions.Run]:
         """Placeholders of pictures and videos in a prompt."""
-        raise NotImplementedError
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         if self.compression is None:
